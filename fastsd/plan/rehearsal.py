@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
@@ -156,42 +157,102 @@ class Rehearsal:
             yield launches
 
 
-_IN_PLACE = torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor
-_MATMULS = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
-_ADD = torch.ops.aten.add.Tensor
-_CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
+_ATEN = torch.ops.aten
+_IN_PLACE = {_ATEN.copy_.default, _ATEN.add_.Tensor, _ATEN.addmm_.default}
+_OUT = {_ATEN.mm.out, _ATEN.addmm.out, _ATEN.sum.IntList_out}
+_CONVOLUTIONS = {_ATEN.convolution.default, _ATEN.convolution_backward.default}
+# Layouts of an operation's results, by the operation and the layouts of its arguments.
+_layouts: dict[tuple[Any, ...], list[_Layout | None]] = {}
+
+
+class _Layout(NamedTuple):
+    """Layout of a new tensor, or of a view of the operation's first argument; `offset` counts from the argument's."""
+
+    is_view: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def tensor(self, args: Any) -> Tensor:
+        if self.is_view:
+            return torch.as_strided(args[0], self.shape, self.stride, args[0].storage_offset() + self.offset)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
 class WithoutData(TorchDispatchMode):
     """Corrects PyTorch's operations on tensors without data.
 
     Copies to main memory are allowed. They take no memory, because only the GPU's counts. Convolutions of channels-last images
-    return such images, as cuDNN does. Frequent operations return their result at once: PyTorch first runs their decomposition.
+    return such images, as cuDNN does.
+
+    PyTorch runs an operation's decomposition in Python to get the layouts of its results. They are remembered, because a
+    model has many equal layers, and a job many steps.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _IN_PLACE:
             return args[0]
-        if func in _MATMULS:
-            rows, columns = args[-2:]
-            return rows.new_empty(len(rows), columns.shape[1])
-        if func is _ADD and _alike(*args[:2]):
-            return torch.empty_like(args[0])
+        if func in _OUT:
+            return kwargs["out"]
+        key: list[Any] = [func]
+        remembers = _add_layouts(key, (args, *kwargs.items()))
+        if remembers and (layouts := _layouts.get(tuple(key))):
+            results = [layout and layout.tensor(args) for layout in layouts]
+            return results if _returns_list(func) else results[0] if len(results) == 1 else tuple(results)
+        result = self._run(func, args, kwargs)
+        if remembers:
+            _layouts[tuple(key)] = _layouts_of(result, args)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _CONVOLUTIONS:
             results = func(*args, **kwargs)
             layout, images = torch.channels_last, [x for x in args[:3] if isinstance(x, Tensor) and x.ndim == 4]
             if not any(x.is_contiguous(memory_format=layout) for x in images):
                 return results
             return tree_map(lambda x: x.to(memory_format=layout) if isinstance(x, Tensor) and x.ndim == 4 else x, results)
-        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+        if func is _ATEN._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.zeros((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
         return func(*args, **kwargs)
 
 
-def _alike(a: Tensor, b: Any) -> bool:
-    """Return True for tensors of one dense layout and dtype."""
-    return isinstance(b, Tensor) and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+def _add_layouts(key: list[Any], value: Any) -> bool:
+    """Add to `key` all that layouts of results depend on. Return False if that is data in main memory."""
+    if isinstance(value, Tensor):
+        key += (value.shape, value.stride(), value.dtype)
+        return value.is_meta
+    if isinstance(value, (tuple, list)):
+        key.append(len(value))
+        return all(_add_layouts(key, member) for member in value)
+    key += (type(value), value)  # 1, 1.0 and True are equal
+    return True
+
+
+def _layouts_of(result: Any, args: Any) -> list[_Layout | None]:
+    """Return the layouts of an operation's results, or nothing unless each is a new tensor or a view of the first argument."""
+    storages = {x.untyped_storage()._cdata for x in tree_leaves(args) if isinstance(x, Tensor)}
+    layouts: list[_Layout | None] = []
+    for x in result if isinstance(result, (tuple, list)) else (result,):
+        if x is None:  # a gradient that is not needed
+            layouts.append(None)
+            continue
+        if not isinstance(x, Tensor) or not x.is_meta or any(x is argument for argument in args):
+            return []
+        storage, base = x.untyped_storage(), args[0] if args and isinstance(args[0], Tensor) else None
+        if storage._cdata not in storages and storage.nbytes() == x.numel() * x.itemsize:
+            layouts.append(_Layout(False, x.shape, x.stride(), 0, x.dtype))
+        elif base is not None and storage._cdata == base.untyped_storage()._cdata and x.dtype == base.dtype:
+            layouts.append(_Layout(True, x.shape, x.stride(), int(x.storage_offset() - base.storage_offset()), x.dtype))
+        else:
+            return []
+    return layouts
+
+
+@cache
+def _returns_list(func: Any) -> bool:
+    return any(isinstance(value.type, torch.ListType) for value in func._schema.returns)
 
 
 def _traceable(ops: Ops) -> Ops:

@@ -94,3 +94,38 @@ def test_a_step_of_many_micro_batches_is_derived_from_two():
 def test_steps_move_the_committed_bytes(step):
     """When a change moves fewer bytes, run `python bench/traffic.py --write`. It is what keeps them from growing again."""
     assert json.loads(RESULTS.read_text())[step] == {name: list(row) for name, row in count(*STEPS[step]).items()}
+
+
+def layouts(results):
+    def layout(x):
+        return x if x is None else (x.shape, x.stride(), x.storage_offset(), x.dtype, x.untyped_storage().nbytes())
+
+    return list(map(layout, results if isinstance(results, (tuple, list)) else [results]))
+
+
+def test_remembered_layouts_are_those_of_pytorch():
+    """Only the second of two equal calls remembers. Arguments that are equal in Python, such as 1 and True, are told apart."""
+    aten, x, matrix, integers = torch.ops.aten, meta(4, 6, 8), meta(6, 6), meta(5, dtype=torch.int64)
+    backward = aten.convolution_backward, meta(2, 16, 2, 2), meta(2, 8, 4, 4), meta(16, 8, 3, 3), [16]
+    convolution = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    views = [(aten.unbind, 1), (aten.slice, 1, 2, 4), (aten.view, [24, 8]), (aten.permute, [2, 0, 1]), (aten.select, 0, -1)]
+    calls = [
+        (aten.native_layer_norm, x, [8], meta(8), None, 1e-5),
+        (aten.mul, x[:, :1], x.transpose(1, 2)[:, :6, :1]),
+        *((aten.mul, integers, number) for number in (1, 1.0, True)),
+        *((aten.cat, [x] * count, 1) for count in (2, 3)),
+        *((*backward, *convolution, [flag, not flag, True]) for flag in (True, False)),
+        (aten.sum, x, [1], True),
+        (aten.unbind, x[:, :1], 1),
+        (aten.empty_like, x.transpose(0, 2)),
+        (aten.addmm_, matrix, matrix, matrix),
+        *((function, base, *args) for base in (x, meta(9, 6, 8)[5:]) for function, *args in views),  # at any offset
+    ]
+    for function, *args in calls:
+        expected = function(*args)
+        with WithoutData():
+            results = [function(*args) for _ in range(2)]
+        for result in results:
+            assert layouts(result) == layouts(expected) and type(result) is type(expected), function
+    with WithoutData():
+        assert all(x[:, 2:4].untyped_storage()._cdata == x.untyped_storage()._cdata for _ in range(2))
