@@ -17,7 +17,7 @@ Backward, with P = exp2(q k^T scale - lse), dP = do v^T, delta = rowsum(o do), d
     dv = P^T do
 
 Two kernels recompute P and dP twice: 7 matmuls. For long sequences, one kernel with 5 is faster (`attention_backward.py`).
-Where few keys leave the GPU idle, programs share the queries and write partial sums that are added in a fixed order.
+Where few keys leave the GPU idle, programs share the queries and write partial sums that a second kernel adds in order.
 
 A head size is cut into slices (`head_tile.py`), powers of two, narrow at the end: 40 = 32 + 8.  One padded tile of 64 would
 run 60 % more multiply-adds; a matmul contracts at least 16, so only sums over D pad the last slice to 16.  Over a training step
@@ -27,7 +27,7 @@ and dk of tf32x3, and of tf32 at D = 160), `HOLD` is off and both operands of q 
 "fp16x3" replaces fp32 multiply-adds, which wait for shared memory, by three products of tensor cores at twice their rate
 (`head_tile.py`).  By emulation of tensor cores, its errors are 0.3 to 1.6 times those of "ieee".
 
-Rejected: dk and dv in one kernel at D = 160 (368 B of spills in bf16, more in fp32); strides as plain arguments (a head's
+Rejected: dk and dv in one kernel at D = 160 in fp32 (over 368 B of spills); strides as plain arguments (a head's
 stride of 40 is no multiple of 16, and loads fall to 4 bytes); held tiles for tf32x3 (up to 950 B of spills at D = 80); the
 resident tile as the right operand (1.5 times the tensor instructions, and spills); TF32 operands as they are (cut: -7e-4).
 """
@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastsd_kernels import workload
-from fastsd_kernels.attention_backward import one_pass
+from fastsd_kernels.attention_backward import add_copies, one_pass
 from fastsd_kernels.attention_tiles import choose_tile, launch_options, one_kernel_for_keys, one_pass_tile, queries_of_a_split
 from fastsd_kernels.head_tile import (
     SIZES,
@@ -316,10 +316,11 @@ def _key_gradients(
     (B, N, H, D), L = q.shape, k.shape[1]
     tile = choose_tile(kernel, D, N, L, q.dtype, precision, q.device)
     key_tiles = triton.cdiv(L, tile.keys)
-    chunk = queries_of_a_split(tile, N, key_tiles * B * H)
+    chunk = queries_of_a_split(tile, N, key_tiles * B * H, q.dtype)
     splits = triton.cdiv(N, chunk)
     # A single split is written to the gradient itself; several are added up in fp32 first.
-    partial = [q.new_empty((splits, B, L, H, D), dtype=torch.float32) if splits > 1 else out[None] for out in outs]
+    sums = [q.new_empty((splits, B * H, L, D), dtype=torch.float32) for _ in outs] if splits > 1 else []
+    partial = [x.unflatten(1, (B, H)).transpose(2, 3) for x in sums] or [out[None] for out in outs]
     dk, dv = partial[0], partial[-1]
     operands = q, k, v, do, dk, dv, lse, delta
     sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk, *strides(q, k, v, do, dk, dv)
@@ -329,9 +330,8 @@ def _key_gradients(
         "WITH_V": "dv" in kernel,
     }
     launch(_backward_kv, (key_tiles * B * H, splits), *operands, *sizes, **options)
-    if splits > 1:
-        for out, sums in zip(outs, partial, strict=True):
-            out.copy_(sums.sum(0))
+    for copies, out in zip(sums, outs, strict=False):
+        add_copies(copies, out, options["OUT_D"], 1, splits)
 
 
 attention_op = custom_op("attention")(attention_forward)

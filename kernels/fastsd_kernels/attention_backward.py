@@ -228,7 +228,13 @@ def one_pass(
     del options["HOLD"]  # the program's tile lies in shared memory
     sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, tiles, units, *strides(q, k, v, o, do, dk, dv)
     launch(_backward, (triton.cdiv(units, tiles),), q, k, v, o, do, sums, dk, dv, lse, *sizes, **options)
-    rows = 128
-    grid = (triton.cdiv(N, rows) * B * H,)
-    launch(_add_copies, grid, sums, dq, H, N, tiles, n_tiles, *strides(dq), D=D, OUT_D=options["OUT_D"], ROWS=rows, num_warps=4)
+    add_copies(sums, dq, options["OUT_D"], tiles, n_tiles)
     return True
+
+
+def add_copies(sums: Tensor, out: Tensor, slices: object, tiles: int, n_tiles: int) -> None:
+    """Add the copies (copies, B H, N, D), fp32, to out (B, N, H, D). A copy has `tiles` of the `n_tiles` of each head."""
+    B, N, H, D = out.shape
+    rows = min(64 if D > 96 else 128, triton.next_power_of_2(N))
+    grid = (triton.cdiv(N, rows) * B * H,)
+    launch(_add_copies, grid, sums, out, H, N, tiles, n_tiles, *strides(out), D=D, OUT_D=slices, ROWS=rows, num_warps=4)

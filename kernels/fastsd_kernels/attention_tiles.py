@@ -7,6 +7,7 @@ tiles of "tf32" fit, the one with the shortest time predicted from its machine c
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ MOST_WORK = 1.3
 # no spills; two blocks on an SM (at most 128 registers a thread at 8 warps, 49 KB a block) or else one large one; long tiles.
 _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     # bf16: a held tile of 128 rows halves the traffic of the streamed ones. D = 160 lacks registers, so its tiles are
-    # shorter, and have 4 warps of 16 rows: with 8, half of them would repeat the products of the other half.
+    # shorter, and have 4 warps of 16 rows: with 8, half of them would repeat the products of the other half. With 16 queries
+    # and slices of 32, dk and dv fit one kernel, and waits for its short tiles are hidden by a third stage.
     ("forward", 48, "bf16", 0): AttentionTile(128, 64, 8, 3),
     ("forward", 96, "bf16", 0): AttentionTile(128, 64, 8, 3),
     ("forward", 160, "bf16", 0): AttentionTile(128, 32, 8, 2),
@@ -47,9 +49,8 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dq", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
     ("dkdv", 48, "bf16", 0): AttentionTile(64, 128, 8, 2),
     ("dkdv", 96, "bf16", 0): AttentionTile(32, 128, 8, 2),
-    ("dk", 160, "bf16", 0): AttentionTile(32, 64, 4, 2),
+    ("dkdv", 160, "bf16", 0): AttentionTile(16, 64, 4, 3, 32),
     ("dk", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
-    ("dv", 160, "bf16", 0): AttentionTile(64, 64, 4, 2),
     ("dv", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
     # Tiles of one pass for all gradients, for cards whose memory keeps up with their tensor cores (`attention_backward.py`).
     ("dqdkdv", 48, "bf16", 86): AttentionTile(32, 128, 4, 2),
@@ -180,10 +181,13 @@ def _cut(length: int, total: int, limit: float, least: int = 16) -> int:
     return length
 
 
-def queries_of_a_split(tile: AttentionTile, queries: int, programs: int) -> int:
+def queries_of_a_split(tile: AttentionTile, queries: int, programs: int, dtype: torch.dtype) -> int:
     """Return how many queries a program streams for dk and dv, if without splits there are so many programs."""
     # So many fill a GPU. The sums of a split with fewer than 128 queries cost more than it saves.
     splits = min(triton.cdiv(512 if tile.warps > 1 else 1024, programs), triton.cdiv(queries, 128))
+    # Time falls with splits as queries / splits, and the bytes of the sums grow as programs * splits. By predicted times, they
+    # balance here; a query of fp32 takes about three times as long.
+    splits = max(1, min(splits, math.isqrt((1 if dtype == torch.bfloat16 else 3) * queries // programs)))
     return int(triton.cdiv(triton.cdiv(queries, tile.rows), splits) * tile.rows)
 
 

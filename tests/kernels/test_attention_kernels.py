@@ -10,9 +10,10 @@ from environment import DEVICE
 from precision_curves import EmulatedTf32
 from sentences import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsd_kernels import attention_backward, attention_tiles, workload
+from fastsd_kernels import attention, attention_backward, attention_tiles, workload
 from fastsd_kernels.attention import (
     PRECISIONS,
     attention_backward_op,
@@ -242,6 +243,36 @@ def test_one_pass_needs_long_sequences_and_few_copies(passes):
     assert kernels == ["_backward", "_add_copies"]
 
 
+@pytest.mark.parametrize(
+    "n, keys, d, programs, kernels",
+    [
+        (256, 256, 160, (256, 1), ["_backward_q", "_backward_kv"]),
+        (256, 77, 160, (192, 1), ["_backward_q", "_backward_kv"]),
+        (1024, 77, 80, (192, 2), ["_backward_q", "_backward_kv", "_add_copies", "_add_copies"]),
+    ],
+)
+def test_launches_of_a_backward(n, keys, d, programs, kernels):
+    """Programs share queries only where that is predicted to be faster. Kernels do all the work, so predictions see it."""
+    q, k = (meta(8, length, 8, d, dtype=torch.bfloat16) for length in (n, keys))
+    with recording(89) as launches, OperationCounter() as operations:
+        attention.attention_backward(q, q, k, k, q, meta(8, 8, n), "ieee")
+    assert [launch.kernel.__name__ for launch in launches] == kernels
+    assert launches[1].grid == programs
+    assert operations.names <= {"empty", "empty_like", "new_empty", "unsqueeze", "view", "transpose"}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Collects the names of PyTorch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
 def test_only_inputs_output_and_row_statistics_are_saved():
     leaves = [x.detach().requires_grad_() for x in make(2, 48, 77, 2, 40, "ieee").values()]
     saved = []
@@ -281,9 +312,9 @@ def test_packed_gradients_equal_separate_ones(mode):
 def test_flop_formula_equals_pytorchs():
     leaves = [x.detach().requires_grad_() for x in make(2, 16, 24, 2, 8, "ieee").values()]
     counted = []
-    for attention in (attention_triton, attention_reference):
+    for function in (attention_triton, attention_reference):
         with FlopCounterMode(display=False) as counter:
-            attention(*leaves).sum().backward()
+            function(*leaves).sum().backward()
         counted.append(counter.get_total_flops())
     assert counted[0] == 14 * 2 * 2 * 16 * 24 * 8
     if DEVICE == "cuda":
