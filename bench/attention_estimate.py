@@ -3,15 +3,30 @@
     python bench/attention_estimate.py [--card 4090] [--batch 8] [--head-dim 40 ...]
 
 Nothing here is measured on these cards. Ours counts each tensor's bytes once: if no cache serves the sums of dq at d40, it is
-up to 300 us longer on an RTX 4090 (`attention_backward.py`). On GeForce, SDPA is FlashAttention-2. Its estimate:
+up to 300 us longer on an RTX 4090 (`attention_backward.py`).
 
-- Work: 2 products forward and 5 backward, with D padded to 64, 96 or 192, and keys to tiles of 128 or (d160) 64.
-- Rate: published for an RTX A5000, d64, in TFLOP/s (github.com/gpu-mode/ring-attention, issue 10): forward 82; backward 75 at
-  4096 queries, 63 at 1024, 53 at 512. Its tensor cores do twice GeForce's FLOP a clock, all else of an SM is the same. So
-  1/rate^4 is divided into a share of the tensor cores and of the rest. This gives 0.97 of a 3090's forward rate, or 73 TFLOP/s,
-  where 69 to 75 are published. Other head sizes are taken to be as efficient, which favours SDPA.
-- Programs: forward one for 128 queries, backward one for a tile of keys, whose rounds over the SMs are counted.
-- Memory: each tensor once. The longer one of both counts, and the constant of a launch: one forward, three backward.
+On GeForce, SDPA is FlashAttention-2, whose source PyTorch builds (pytorch/pytorch, pull request 146372). Its facts, from
+flash-attn 2.8.3, for cards with 99 KB of shared memory, without mask or dropout:
+
+- `static_switch.h` pads D to 64, 96 or 192. `flash_fwd_launch_template.h` and `flash_bwd_launch_template.h` have the tiles
+  (`_TILES`). A forward has a program for each tile of queries; a backward one for each tile of keys, alone on its SM.
+- A backward is three kernels. The first reads o and do, and writes zeros to dq in fp32, D padded; the second adds to dq with
+  atomics; the third rounds dq.
+
+Its rates are published for an RTX 4090 in fp16 (apache/tvm, tl_doc/flash_perf.md), in TFLOP/s. Forward with 512 and 2048
+tokens: 155.6 and 168.1 at D = 64, 153.1 and 169.3 at 128, 143.9 and 156.2 at 256. Backward with 2048 tokens: 124.8 at 64 and
+124.6 at 128.
+
+- Forward: the rates for both lengths are explained by a program's start that takes as long as 56 to 75 keys. 56 is used. What
+  remains is 0.970, 0.977 and 0.901 of the rate of large matmuls. D = 96 and 192 take the means of their neighbours.
+- Backward: its bytes at the rate of a copy, and 5 products at 0.82 of the matmul rate, for 64 and for 128. What a program
+  loads and stores once (k, v, dk, dv) is not overlapped. The same sum gives an RTX A5000's published rates for 512, 1024, 2048
+  and 4096 tokens (github.com/gpu-mode/ring-attention, issue 10) from that for 8192 within 3 %. D = 96 and 192 take 0.82, too,
+  which favours SDPA: at 192, tiles are not loaded ahead.
+- The shares hold for other GeForce cards, because their SMs have the same rates. They give 72 for an RTX 3090's forward at
+  D = 64, where 69 to 75 are published.
+- Launches: one forward, three backward. Slower masked loops, where D or the number of keys is padded, are not counted, nor is
+  what it costs to give SDPA's gradients the same bits in every run, which ours have.
 """
 
 from __future__ import annotations
@@ -19,6 +34,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -29,34 +45,42 @@ from fastsd_kernels.launch import meta, recording
 from fastsd_kernels.prediction import LAUNCH_US, Predictor
 from fastsd_kernels.sass import Compiled, compile_launch, specialise
 
-_PADDED = {40: 64, 80: 96, 160: 192}
-_FORWARD, _BACKWARD = 81.7, {4096: 74.8, 1024: 62.5, 512: 52.9}
+
+class Tiles(NamedTuple):
+    """FlashAttention-2's tiles for a head size, and the forward's share of the matmul rate."""
+
+    columns: int
+    forward: tuple[int, int]  # queries and keys
+    backward: tuple[int, int]
+    share: float
 
 
-def rate(card: Card, published: float) -> float:
-    """Return TFLOP/s on a card of a kernel with this published rate on an RTX A5000."""
-    a5000 = CARDS["A5000"]
-    share = (a5000.sms * a5000.ghz / 1e3) / published  # SM cycles per FLOP, in units that cancel
-    rest = share**4 - a5000.tensor**-4
-    return card.sms * card.ghz / 1e3 / (card.tensor**-4 + rest) ** 0.25
+_TILES = {
+    40: Tiles(64, (128, 128), (64, 128), 0.970),
+    80: Tiles(96, (128, 64), (64, 128), 0.974),
+    160: Tiles(192, (128, 64), (64, 64), 0.939),
+}
+_START = 56  # keys; the time from a program's start to its first product and from the last one to its end
+_BACKWARD_SHARE = 0.82
 
 
 def sdpa(card: Card, kind: workload.Attention, batch: int) -> float:
     """Return the estimated microseconds of SDPA, forward and backward."""
-    heads, width = batch * kind.heads, _PADDED[kind.head_dim]
-    tile = 64 if kind.head_dim == 160 else 128
-    keys = ceil(kind.keys / tile) * tile
-    product = 2e-6 * heads * kind.queries * keys * width  # MFLOP
-    backward = _BACKWARD[max(n for n in (512, 1024, 4096) if n <= max(512, kind.queries))]
-    number = 2e-3 * heads * kind.head_dim / (card.bandwidth * card.copy)
-    us = 0.0
-    for products, launches, published, programs, numbers in (
-        (2, 1, _FORWARD, heads * ceil(kind.queries / 128), 2 * kind.queries + 2 * kind.keys),
-        (5, 3, backward, heads * keys // tile, 4 * kind.queries + 4 * kind.keys),
-    ):
-        idle = ceil(programs / card.sms) * card.sms / programs
-        us += max(products * product / rate(card, published) * idle, numbers * number) + launches * LAUNCH_US
-    return us
+    tiles, heads, D = _TILES[kind.head_dim], batch * kind.heads, kind.head_dim
+    copy_rate = card.bandwidth * card.copy * 1e3  # bytes a microsecond
+    rate = card.ghz * card.tensor * 1e3  # FLOP a microsecond and SM
+    (rows, keys), (back_rows, back_keys) = tiles.forward, tiles.backward
+
+    rounds = ceil(heads * ceil(kind.queries / rows) / card.sms)
+    matmuls = rounds * 2 * 2 * rows * (ceil(kind.keys / keys) * keys + _START) * tiles.columns / (rate * tiles.share)
+    forward = max(matmuls, heads * 4 * D * (kind.queries + kind.keys) / copy_rate)
+
+    rounds = ceil(heads * ceil(kind.keys / back_keys) / card.sms)
+    queries = ceil(kind.queries / back_rows) * back_rows
+    matmuls = rounds * 5 * 2 * back_keys * queries * tiles.columns / (rate * _BACKWARD_SHARE)
+    # o, do and dq in bf16, dq in fp32 written and read; k, v, dk and dv.
+    numbers = kind.queries * (6 * D + 8 * tiles.columns) + kind.keys * 8 * D
+    return forward + matmuls + heads * numbers / copy_rate + 4 * LAUNCH_US
 
 
 def ours(card: Card, kind: workload.Attention, batch: int, predictor: Predictor, compiled: dict[str, Compiled]) -> float:
