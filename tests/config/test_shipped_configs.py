@@ -51,6 +51,8 @@ class World:
             small |= {"validate.held_out": 4, "validate.every": 2, "validate.bands": 2, "validate.per_band": 1}
         if "stabilised" in text:
             small["validate.stabilised"] = 4
+        if "fused_backward" in text:
+            small["stage.micro_batch"] = 4
         values = (small | overrides).items()
         return [f"{key}={json.dumps(value) if isinstance(value, (list, bool)) else value}" for key, value in values]
 
