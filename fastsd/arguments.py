@@ -186,7 +186,7 @@ SamplePrecision = Annotated[
 ValidatePrecision = Annotated[
     Precision | None, Option("--precision", help="Compute precision (default: that of the last stage).")
 ]
-Vram = Annotated[float | None, Option("--vram", metavar="GB", help="GPU memory in GB (default: that of --card, or 24).")]
+Vram = Annotated[float | None, Option("--vram", metavar="GiB", help="GPU memory in GiB (default: that of --card, or 24).")]
 Card = Annotated[str, Option("--card", metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")]
 
 # init
@@ -288,7 +288,7 @@ ConvertEma = Annotated[bool, Option("--ema", help="Convert the averaged (EMA) we
 Fold = Annotated[bool, Option("--fold/--no-fold", help="For a single file: fold the VAE's scaling factor into it.")]
 Variant = Annotated[str, Option("--variant", metavar="WORD", help="For diffusers: variant in file names, for example fp16.")]
 Shard = Annotated[
-    float, Option("--shard", metavar="GB", min=0.0, help="For diffusers: size above which files are split; 0 = off.")
+    float, Option("--shard", metavar="GiB", min=0.0, help="For diffusers: size in GiB above which files are split; 0 = off.")
 ]
 OtherVae = Annotated[str, Option("--vae", parser=text, metavar="PATH", help="VAE to use instead of the model's own.")]
 Revision = Annotated[str, Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub id.")]

@@ -40,6 +40,14 @@ class _Output:
             self._file.flush()
 
 
+def size_text(count: float) -> str:
+    """Format a number of bytes in the units of `df -h` and `nvidia-smi`: 12.5 MiB, 9.9 GiB, 1.23 TiB."""
+    for unit, size, digits in (("TiB", 1 << 40, 2), ("GiB", 1 << 30, 1)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count / (1 << 20):.1f} MiB"
+
+
 def fit(text: str, width: int) -> str:
     """Wrap the lines of a text between words. Commands in backticks stay whole, so that they can be copied."""
     lines = []

@@ -91,7 +91,7 @@ def test_cache_train_sample(run, tmp_path, tiny_model, images):
     assert code == 0 and says(out, "check-passed", check="model") and says(out, "check-passed", check="cache")
     code, out, err = run("train", "--precision", "fp32", path, "log.every=1")
     assert code == 0, err
-    facts = ("images", "cpu on cpu", "0.5", "21 of 21", "loss", "img/s", "ETA", "GB", "saved")
+    facts = ("images", "cpu on cpu", "0.5", "21 of 21", "loss", "img/s", "ETA", "GiB", "saved")
     assert all(fact in out for fact in facts), out
     for model in (tmp_path / "run", tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "step-00000002"):
         prompts = ("--prompt", "a", "--prompt", "b")

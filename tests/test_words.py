@@ -77,6 +77,24 @@ def test_a_call_laid_out_by_hand_is_refused():
     assert not is_table(3, ast.parse(text)) and is_table(6, ast.parse(text))
 
 
+def decimal_sizes(text: str) -> list[str]:
+    """Return the sizes in decimal units. Bandwidths have them, and so have the names of cards and SSDs in shops."""
+    return re.findall(r"(?<!12 )(?<!16 )(?<!24 )(?<!\+)\b[KMG]B\b(?!/s)", text)
+
+
+def test_sizes_have_binary_units():
+    """`nvidia-smi`, `df -h` and PyTorch count in MiB and GiB, so all sizes that users read are comparable with theirs."""
+    code = [(path, line) for path in ROOT.glob("fastsd/**/*.py") for line in path.read_text().splitlines() if '"' in line]
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("configs/*"), ROOT / "README.md"]
+    prose = [(path, line) for path in pages for line in path.read_text().splitlines()]
+    assert not [(path.name, line) for path, line in code + prose if decimal_sizes(line)]
+
+
+def test_a_decimal_size_is_refused():
+    assert decimal_sizes("takes 6.9 GB") and decimal_sizes('f"{x:.1f} GB free"') and decimal_sizes('"peak GB", "waits"')
+    assert not decimal_sizes("a 24 GB card reads 1008 GB/s") and not decimal_sizes("9.6 GiB")
+
+
 def literal_texts(argument: ast.expr) -> list[str]:
     """Return the constant parts of a message."""
     values = argument.values if isinstance(argument, ast.JoinedStr) else [argument]

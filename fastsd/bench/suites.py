@@ -34,7 +34,7 @@ from torch import Tensor
 from fastsd.bench import baselines, counters, data, timing
 from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, bench_config, bench_target
 from fastsd.config.optimizers import OPTIMIZERS
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.shapes import forward_flops
@@ -127,12 +127,13 @@ def bench_step(options: BenchOptions, console: Console) -> Figures:
         row |= {"img_per_s": stage.batch / seconds, "tflop_per_s": flops / seconds / 1e12, "mfu": flops / seconds / rate}
     warnings += [*problems, *skipped, *(warning for candidate in candidates for warning in candidate.warnings)]
     warnings += [f"fastsd is slower than {row['name']}: {row['times']:.2f}x" for row in rows if row["times"] < 1]
-    table = [["", "img/s", "ms per step (min - max)", "TFLOP/s", "MFU", "peak GB", "launches", "waits", "fastsd speedup"]]
+    table = [["", "img/s", "ms per step (min - max)", "TFLOP/s", "MFU", "peak", "launches", "waits", "fastsd speedup"]]
     for row in rows:
         opaque = row["host_waits"] is None
-        usage = ["-"] * 3 if opaque else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
+        waits = "-" if opaque else str(sum(row["host_waits"].values()))
+        usage = ["-"] * 2 if opaque else [size_text(row["peak_gb"] * 1e9), str(row["launches"])]
         speed = [f"{row['img_per_s']:.3g}", counters.milliseconds(row), f"{row['tflop_per_s']:.3g}", f"{row['mfu']:.0%}"]
-        table.append([row["name"], *speed, *usage, f"{row['times']:.2f}x"])
+        table.append([row["name"], *speed, *usage, waits, f"{row['times']:.2f}x"])
     console.table(table)
     console.echo(f"matmul: {rate / 1e12:.3g} TFLOP/s; step: {flops / 1e12:.3g} TFLOP; text embeddings are precomputed for all")
     for row in rows[1:]:
@@ -172,11 +173,11 @@ def _choose_fitting(options: BenchOptions, target: BenchTarget) -> tuple[list[st
         if need() <= target.free:
             break
     if need() > target.free:
-        shares = [f"{estimate.name} {estimate.held / 1e9:.1f}" for estimate in estimates()]
-        shares.append(f"a step {max(estimate.rise for estimate in estimates()) / 1e9:.1f}")
+        shares = [f"{estimate.name} {size_text(estimate.held)}" for estimate in estimates()]
+        shares.append(f"a step {size_text(max(estimate.rise for estimate in estimates()))}")
         raise UserError(
             "bench-step-memory",
-            f"bench step needs {need() / 1e9:.1f} GB ({', '.join(shares)}, libraries 0.5), but {target.free / 1e9:.1f} GB are "
+            f"bench step needs {size_text(need())} ({', '.join(shares)}, libraries 0.5 GiB), but {size_text(target.free)} is "
             "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small",
         )
     return names, warnings
@@ -235,7 +236,7 @@ def bench_memory(options: BenchOptions, console: Console) -> Figures:
     # Two models, the gradients of one, and the bytes that diffusers' UNet saves for backward.
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
     if need > target.free:
-        amounts = f"{need / 1e9:.1f} GB, but {target.free / 1e9:.1f} GB are free"
+        amounts = f"{size_text(need)}, but {size_text(target.free)} is free"
         advice = "use a smaller --batch or --size, or --small"
         raise UserError("bench-memory-memory", f"bench memory needs about {amounts}; {advice}")
 
@@ -260,10 +261,10 @@ def bench_memory(options: BenchOptions, console: Console) -> Figures:
     for level in ("none", "ff", "block"):
         unet.checkpointing = level
         measure(baselines.OURS, level, unet, lambda: unet(latents, t_B, text_embeds))
-    table = [["", "checkpointing", "saved MB per image", "vs diffusers", "peak MB with gradients"]]
+    table = [["", "checkpointing", "saved per image", "vs diffusers", "peak with gradients"]]
     for row in rows:
         row["share"] = row["kept_mb"] / rows[0]["kept_mb"]
-        figures = [f"{row['kept_mb']:.4g}", f"{row['share']:.2f}x", f"{row['peak_mb']:.4g}"]
+        figures = [size_text(row["kept_mb"] * 1e6), f"{row['share']:.2f}x", size_text(row["peak_mb"] * 1e6)]
         table.append([row["name"], row["checkpointing"], *figures])
     size, precision = target.config.data.resolution, target.stage.precision
     console.echo(f"{size} px, {images} per forward, {precision}, kernels {target.ops.name}")
@@ -285,7 +286,7 @@ def bench_optim(options: BenchOptions, console: Console) -> Figures:
         raise UserError("bench-fraction", f"--fraction is {fraction:g}; {advice}")
     sizes = baselines.spread_sizes(target.sizes, fraction)
     if bytes_each * sum(sizes) > target.free:
-        amounts = f"{bytes_each * sum(sizes) / 1e9:.1f} GB, but {target.free / 1e9:.1f} GB are free"
+        amounts = f"{size_text(bytes_each * sum(sizes))}, but {size_text(target.free)} is free"
         raise UserError("bench-optim-memory", f"bench optim needs {amounts}; use a smaller --fraction or a single --optimizer")
 
     arenas = baselines.random_arenas(sizes, target.device)

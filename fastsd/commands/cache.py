@@ -12,7 +12,7 @@ import torch
 
 from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.data.building import build, lists, upkeep
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.collect import one_at_a_time
@@ -156,12 +156,12 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
         console.echo(f"{folder}: all latents and views match their sha256")
     if prune:
         pruned = upkeep.prune(folder)
-        console.echo(f"{folder}: {pruned.shards} unused shards deleted ({pruned.bytes / 1e6:.1f} MB)")
+        console.echo(f"{folder}: {pruned.shards} unused shards deleted ({size_text(pruned.bytes)})")
     if stats:
         contents = upkeep.stats(folder)
         missing = f"; {contents.planned} not encoded (rejected later, or caching was interrupted)" if contents.planned else ""
         text_embeddings = f" and {contents.states} text embeddings" if contents.states else ""
-        size = f"{contents.shards} shards, {contents.shard_bytes / 1e6:.1f} MB"
+        size = f"{contents.shards} shards, {size_text(contents.shard_bytes)}"
         console.echo(f"{folder}: {contents.latents} latents{text_embeddings} in {size}{missing}")
         for name, view in contents.views.items():
             _print_view(console, name, view)

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastsd.config.conversion import clip_skip_note
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS, ENDLESS
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.data.building import build, lists
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.captions import several_captions
@@ -165,7 +165,7 @@ def _disk_space(config: Config, models: list[Model], images_per_epoch: list[int]
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if not models:
-        return f"{free / 1e9:.1f} GB free"
+        return f"{size_text(free)} free"
     model = models[0]
     modules = {name: model.component(name) for name in COMPONENTS} | {"vae": model.vae.module}
     fp32_bytes = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
@@ -187,8 +187,8 @@ def _disk_space(config: Config, models: list[Model], images_per_epoch: list[int]
     if needed > free:
         raise UserError(
             "run-disk-space",
-            f"run is {config.run!r}: its checkpoints, exported models and samples need about {needed / 1e9:.1f} GB, but the "
-            f"disk has {free / 1e9:.1f} GB free; free up space, lower keep_checkpoints, keep fewer for good (keep_every), or "
+            f"run is {config.run!r}: its checkpoints, exported models and samples need about {size_text(needed)}, but the "
+            f"disk has {size_text(free)} free; free up space, lower keep_checkpoints, keep fewer for good (keep_every), or "
             "set export.single_file = false",
         )
-    return f"{config.run}; its files need about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    return f"{config.run}; its files need about {size_text(needed)} of {size_text(free)} free"

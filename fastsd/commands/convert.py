@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, load_merged
 from fastsd.model.formats.load import component_state_dict
@@ -39,7 +39,7 @@ class ConvertOptions:
         ema: write the averaged (EMA) weights.
         fold: fold a scaling factor other than 0.18215 into the VAE of a single file.
         variant: a word in the names of a diffusers folder's weight files, such as fp16.
-        shard: size in GB above which a weight file of a diffusers folder is split; 0 = one file per component.
+        shard: size in GiB above which a weight file of a diffusers folder is split; 0 = one file per component.
         vae, vae_scaling_factor, tokenizer, revision: as in `[model]` of a config.
         merge: adapters to merge into the weights, each LORA[:weight].
     """
@@ -97,7 +97,7 @@ def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None =
     for note in notes:
         console.echo(note)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
-    console.echo(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
+    console.echo(f"{out}: {size_text(sum(path.stat().st_size for path in files))}, {to}")
 
 
 def _infer_format(name: str, out: Path) -> str:
@@ -125,7 +125,7 @@ def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: Con
         notes = write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
         return notes + _v_prediction_notes(source, out)
     with new_folder(out) as folder:
-        shard = round(options.shard * 1e9)
+        shard = round(options.shard * (1 << 30))
         write_folder(source, folder, dtype=options.dtype, variant=options.variant, shard=shard)
         write_card(folder, summary or ModelSummary(title=out.name), samples=samples)
     return []

@@ -13,7 +13,7 @@ from fastsd.compare import charts, draw, numbers, page, pictures
 from fastsd.compare.numbers import Table
 from fastsd.compare.page import Section
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, read_runs
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_file, new_folder, replace_file, write_text
@@ -65,7 +65,7 @@ def compare(
 
     replace_file(out, html)
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    console.echo(f"{out}: {count}, {len(html) / 1e6:.1f} MB; images in {picture_folder}")
+    console.echo(f"{out}: {count}, {size_text(len(html))}; images in {picture_folder}")
 
 
 class ComparisonReport:

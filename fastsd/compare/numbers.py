@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, column
+from fastsd.console import size_text
 from fastsd.run.live_line import duration
 from fastsd.run.settings import ABSENT, differences
 
@@ -166,7 +167,7 @@ def costs(runs: Sequence[RunData]) -> Table:
         cost, stages = run.cost, run.cost["stages"]
         parameters = " / ".join(dict.fromkeys(_number(stage.get("trained"), ",") for stage in stages)) or ABSENT
         training = [parameters, *_time_and_memory(run, stages), _number(_median_speed(run), ".3g")]
-        export = [_megabytes(cost.get("file_bytes")), _number(cost.get("sample_seconds"), ".3g", " s")]
+        export = [_size(cost.get("file_bytes")), _number(cost.get("sample_seconds"), ".3g", " s")]
         rows.append([run, *training, *export])
     estimated = any("≈" in str(word) for row in rows for word in row)
     note = f"Totals over all stages.{' ≈ marks estimates from the log of a run that has no cost.json.' if estimated else ''}"
@@ -188,7 +189,7 @@ def _time_and_memory(run: RunData, stages: Sequence[Any]) -> tuple[str, str]:
             images_before = row["images"]
         memory = max(column(run.timing, "memory_gb"), default=0.0)
     training_time = prefix + duration(seconds) if seconds else ABSENT
-    return training_time, f"{prefix}{memory:.2f} GB" if memory > 0 else ABSENT
+    return training_time, prefix + size_text(memory * 1e9) if memory > 0 else ABSENT
 
 
 def _median_speed(run: RunData) -> float:
@@ -246,8 +247,8 @@ def _number(value: Any, spec: str, unit: str = "") -> str:
     return f"{value:{spec}}{unit}" if is_finite else ABSENT
 
 
-def _megabytes(num_bytes: Any) -> str:
-    return _number(num_bytes and num_bytes / 1e6, ",.3g" if (num_bytes or 0) < 1e8 else ",.0f", " MB")
+def _size(num_bytes: Any) -> str:
+    return size_text(num_bytes) if isinstance(num_bytes, int) else ABSENT
 
 
 def _psnr(psnr: float) -> str:

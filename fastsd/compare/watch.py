@@ -25,7 +25,7 @@ from fastsd.compare.numbers import Table, Words
 from fastsd.compare.page import Section
 from fastsd.compare.runs import RunData, read_runs
 from fastsd.config.stages import ENDLESS
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.run.folder import LogRow, grid_files, read_rows
 from fastsd.run.live_line import duration
@@ -37,7 +37,7 @@ WARNINGS = 20  # newest warnings of a run on the page
 FILES = ("log.jsonl", "timing.jsonl", "validation.jsonl", "cost.json", "warnings.jsonl")
 _NUMBERS = [
     ("log", "loss_smooth", "smoothed loss", ".4f"), ("timing", "images_per_second", "images per second", ".1f"),
-    ("timing", "memory_gb", "memory, GB", ".1f"), ("timing", "data_wait", "waiting for data", ".0%"),
+    ("timing", "data_wait", "waiting for data", ".0%"),
 ]  # fmt: skip
 # The page loads nothing from elsewhere, and no other page may read it or show it in a frame.
 HEADERS = {
@@ -177,6 +177,7 @@ def _progress_of(run: RunData) -> dict[str, str]:
     for source, key, name, form in _NUMBERS:
         value = (row if source == "log" else timing).get(key)
         facts |= {name: format(value, form)} if value is not None else {}
+    facts |= {"memory": size_text(timing["memory_gb"] * 1e9)} if "memory_gb" in timing else {}
     facts |= {name: f"{row[name]:,}" for name in ("spikes", "skipped") if row.get(name)}
     return facts
 

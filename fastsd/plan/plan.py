@@ -26,7 +26,7 @@ from typing import Any
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.schema import Config, DataTable, StageTable
 from fastsd.config.stages import ENDLESS, parse_amount
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, size_text
 from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
@@ -196,7 +196,7 @@ def plan(
     cards = [find_gpu(card)] if card else list(CARDS.values())
     vram = vram if vram is not None else cards[0].memory if card else 24.0
     if not 0 < vram < math.inf:
-        raise UserError("vram-invalid", f"--vram is {vram:g}; give the memory of the card in GB, for example 24")
+        raise UserError("vram-invalid", f"--vram is {vram:g}; give the memory of the card in GiB, for example 24")
     shapes, warnings = read_shapes(config.model)
     ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
     images = _count_images(config.data)
@@ -205,7 +205,7 @@ def plan(
     remark = "" if ops is TRITON else " (CPU kernels, which need more memory than GPU kernels)"
     console.echo("shapes     " + ("\n           ".join(warnings) or f"from {config.model.base}"))
     console.echo(f"kernels    {ops.name}{remark}")
-    console.echo(f"memory     {vram:g} GB, including {RESERVED / GIB:.1f} GB reserved for the CUDA context and libraries")
+    console.echo(f"memory     {vram:g} GiB, including {RESERVED / GIB:.1f} GiB reserved for the CUDA context and libraries")
     console.echo("speed      predicted from each operation's products, bytes and launches, not measured; slowest-fastest")
     lengths = context_lengths(shapes.text.get("max_position_embeddings", 77), shapes.chunks)
     report["text_lengths"] = lengths
@@ -304,7 +304,7 @@ def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
 
 
 def _verdict(entry: dict[str, Any], vram: float) -> str:
-    largest, card = entry["largest_micro_batch"], f"{vram:g} GB"
+    largest, card = entry["largest_micro_batch"], f"{vram:g} GiB"
     if entry["fits"]:
         return f"fits {card}: micro-batch up to {largest}"
     if largest:
@@ -330,8 +330,22 @@ def _disk(
     component_bytes, _ = plans[0].files()
     sizes = [sum(component_bytes[component] for component in plan.trained) + plan.files()[1] for plan in plans]
     lengths = [_length(stage, entry, images) for stage, entry in zip(config.stage, stages, strict=True)]
-    disk = {"cache_an_image": bytes_per_image, "cache": images and images * bytes_per_image, "a_checkpoint": sizes}
-    return disk | run_bytes(config, component_bytes, sizes, plans[0].trained, lengths, images or 0)
+    disk: dict[str, Any] = {
+        "cache_an_image": bytes_per_image,
+        "cache": images and images * bytes_per_image,
+        "a_checkpoint": sizes,
+    }
+    disk |= run_bytes(config, component_bytes, sizes, plans[0].trained, lengths, images or 0)
+    disk["written_a_day"] = None
+    if disk["written"] is not None:
+        days = [
+            sum(stage.seconds or entry["seconds"][card][i] for stage, entry in zip(config.stage, stages, strict=True)) / 86400
+            for card in stages[0]["seconds"]
+            for i in (0, 1)
+        ]
+        if max(days) > 1:
+            disk["written_a_day"] = [disk["written"] / max(days), disk["written"] / min(days)]
+    return disk
 
 
 def _length(stage: StageTable, entry: dict[str, Any], images: int | None) -> tuple[int, float] | None:
@@ -352,22 +366,22 @@ def _print_disk(disk: dict[str, Any], console: Console) -> None:
     per_image, sizes = disk["cache_an_image"], disk["a_checkpoint"]
     cache = disk["cache"] or per_image * 1_000_000
     scope = "" if disk["cache"] else " for 1,000,000 images"
-    console.echo(f"\ndisk       {_size(cache)} cache{scope}, {per_image / 1024:g} KiB per image")
+    console.echo(f"\ndisk       {size_text(cache)} cache{scope}, {per_image / 1024:g} KiB per image")
     lines = [
-        f"{_size(disk['checkpoints'])} checkpoints at most: {sum(disk['permanent'])} stay, besides the newest; "
-        f"up to {_size(max(sizes))} each",
-        f"{_size(disk['exports'])} exports: diffusers folders and single files",
-        f"{_size(disk['samples'])} sample grids and {_size(disk['logs'])} logs",
-        f"{_size(disk['total'])} in all, without the cache; {_size(disk['written'])} are written until the run ends"
-        if disk["written"] is not None
-        else f"{_size(disk['total'])} in all, without the cache and what depends on the number of images, which is unknown",
+        f"{size_text(disk['checkpoints'])} checkpoints at most: {sum(disk['permanent'])} stay, besides the newest; "
+        f"up to {size_text(max(sizes))} each",
+        f"{size_text(disk['exports'])} exports: diffusers folders and single files",
+        f"{size_text(disk['samples'])} sample grids and {size_text(disk['logs'])} logs",
+        f"{size_text(disk['total'])} in all, without the cache"
+        + (" and what depends on the number of images, which is unknown" if disk["written"] is None else ""),
     ]
+    if disk["written"] is not None:
+        lines.append(f"{size_text(disk['written'])} are written until the run ends")
+    if disk["written_a_day"]:
+        slowest, fastest = map(size_text, disk["written_a_day"])
+        lines[-1] += f", predicted {slowest} to {fastest} a day; compare this with the endurance (TBW) of the SSD"
     for line in lines:
         console.echo(f"           {line}")
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e12:.2f} TB" if count >= 1e12 else f"{count / 1e9:.1f} GB"
 
 
 def _range(pair: Sequence[float]) -> str:

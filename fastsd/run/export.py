@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import Console
+from fastsd.console import Console, size_text
 from fastsd.model.formats.adapters import Averages, write_lora_file
 from fastsd.model.formats.model_source import ModelSource, read_component
 from fastsd.model.formats.model_summary import metadata_of
@@ -90,7 +90,7 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, cons
         outputs.append((lora_file, f"adapters with {table.lora} names"))
 
     for path, description in outputs:
-        console.echo(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
+        console.echo(f"model: {path}, {size_text(bytes_of(path))}, {description}")
     return outputs[-1][0]
 
 

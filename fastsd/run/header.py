@@ -8,6 +8,7 @@ from fastsd.config.conversion import clip_skip_note
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.config.stages import ENDLESS
+from fastsd.console import size_text
 from fastsd.run.live_line import legend
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
@@ -35,7 +36,7 @@ def header(run: Run) -> dict[str, str]:
     sizes = f" in {size_count} sizes" if size_count > 1 else ""
     lines = {
         "run": f"{run.folder} ({', '.join(lengths)}{resumed})",
-        "kernels": f"{describe_ops(run.ops)} on {_device_name(run.device)}, {memory_gb(run.device):.1f} GB in use",
+        "kernels": f"{describe_ops(run.ops)} on {_device_name(run.device)}, {size_text(memory_gb(run.device) * 1e9)} in use",
         "base": config.model.base,
         "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, scaling factor {vae.scaling_factor:g}",
         "images": f"{images} at {config.data.resolution} px{sizes}{epoch}{empty}",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 
 from fastsd.config.stages import ENDLESS
+from fastsd.console import size_text
 from fastsd.run.folder import LogRow
 
 SEPARATOR = " | "
@@ -33,7 +34,7 @@ def live_line(values: LogRow, timing: Mapping[str, float], saved_at: float | Non
         f"{timing['images_per_second']:.1f} img/s",
         f"d*lr {values['d'] * values['lr']:.3g}" if tunes_lr else f"lr {values['lr']:.3g}",
         "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago",
-        f"{timing['memory_gb']:.1f} GB",
+        size_text(timing["memory_gb"] * 1e9),
         f"grad {values['grad_norm']:.3g}",
         f"wait {timing['data_wait']:.0%}",
         f"epoch {values['epoch']:.2f}",

@@ -278,7 +278,7 @@ def _finite(value: object) -> object:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Return the peak GPU memory this process allocated, or its resident memory on a CPU, in GB."""
+    """Return the peak GPU memory this process allocated, or its resident memory on a CPU, in units of 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

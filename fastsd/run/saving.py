@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsd.config.schema import Config, dump_config
 from fastsd.config.stages import COMPONENTS
+from fastsd.console import size_text
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.formats.adapters import Averages
 from fastsd.model.model import Model
@@ -166,8 +167,8 @@ class Saving:
         if needed > free and not self._warned:
             self._warned = True
             self.report.console.warn(
-                f"training waits while a checkpoint is written, because its copy needs {needed / 1e9:.1f} GB of main memory, "
-                f"and {free / 1e9:.1f} GB are free"
+                f"training waits while a checkpoint is written, because its copy needs {size_text(needed)} of main memory, "
+                f"and {size_text(free)} is free"
             )
         return needed <= free
 

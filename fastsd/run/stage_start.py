@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastsd.console import size_text
 from fastsd.errors import UserError
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
@@ -78,8 +79,8 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     if micro_batch_size == 0:
         raise UserError(
             "stage-does-not-fit",
-            f"stage {run.config.stage_name(index)!r} does not fit into {available / 1e9:.1f} GB on {run.device}, even with "
+            f"stage {run.config.stage_name(index)!r} does not fit into {size_text(available)} on {run.device}, even with "
             "micro-batch 1; run `fastsd plan` to find checkpointing, precision and optimizer settings that fit",
         )
-    run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {available / 1e9:.1f} GB")
+    run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {size_text(available)}")
     return micro_batch_size

@@ -56,7 +56,7 @@ def file(model):
 
 def test_file_and_back_is_bit_equal(model, file, tmp_path):
     lines = converted(file, tmp_path / "back", tokenizer=str(model))
-    assert lines[0].startswith("unet: one.safetensors, ") and lines[-1].endswith(" MB, diffusers")
+    assert lines[0].startswith("unet: one.safetensors, ") and lines[-1].endswith(" MiB, diffusers")
     assert_same(states(model), states(tmp_path / "back"))
     for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json"):
         assert (model / name).read_text() == (tmp_path / "back" / name).read_text()

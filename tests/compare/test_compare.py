@@ -219,7 +219,7 @@ def test_page_is_complete_and_self_contained(make_run, tmp_path):
     page = Page(text)
     assert page.open == [] and "http" not in text
     assert all(address.startswith(("data:image/webp;base64,", "#")) for address in page.loaded)
-    for fact in (awkward_name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.2 MB", "≈ 2s"):
+    for fact in (awkward_name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.1 MiB", "≈ 2s"):
         assert fact in page.text, fact
     assert says(page.text, "section-during-training") and says(page.text, "validation-loss", kind="stabilised EMA")
     films = json.loads(html.unescape(text.split('data-films="')[1].split('"')[0]))
@@ -230,7 +230,7 @@ def test_page_is_complete_and_self_contained(make_run, tmp_path):
     assert {"checkpoints-1-i-a-b-x.gif", "checkpoints-1-i-a-b-x.png"} <= names
     with Image.open(folder / "checkpoints-1-i-a-b-x.gif") as film:
         assert film.n_frames == 3
-    assert json.loads((folder / TABLES).read_text())["Cost"]["rows"][0][1:4] == ["1,234", "1m15s", "1.50 GB"]
+    assert json.loads((folder / TABLES).read_text())["Cost"]["rows"][0][1:4] == ["1,234", "1m15s", "1.4 GiB"]
     compare([third], out, console=Console(file=StringIO()))  # a report on one run replaces the older report
     assert Page(out.read_text()).open == [] and not says(out.read_text(), "section-settings")
     assert not [path for path in folder.iterdir() if path.suffix == ".gif"] and not list(out.parent.glob(".tmp-*"))

@@ -12,6 +12,7 @@ from sentences import says
 from tiny import job
 
 from fastsd.config.schema import load_config
+from fastsd.console import size_text
 from fastsd.plan.disk import ROW, TENSORBOARD_ROW, grid_bytes
 from fastsd.run import checkpoint
 from fastsd.train.schedule import Interval
@@ -94,17 +95,32 @@ def test_planned_files_are_those_of_a_run(plan, tmp_path, tiny_model, images, mo
     assert disk["total"] == sum(disk[key] for key in ("checkpoints", "exports", "samples", "logs"))
     others = disk["total"] - disk["checkpoints"]
     assert len(written) == 11 and sum(written) <= disk["written"] - others <= 1.4 * sum(written)  # 3 and 6 count twice
-    assert says(out, "plan-checkpoints", permanent=5) and says(out, "plan-written", written="0.0 GB")
+    assert says(out, "plan-checkpoints", permanent=5) and says(out, "plan-written", written="29.3 MiB")
+    assert disk["written_a_day"] is None and not says(out, "plan-written-daily")
 
 
 def test_keep_every_and_times_count(plan, tmp_path, tiny_model, images):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 1000000\nbatch = 4\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)
-    disk, _ = plan(path)
+    disk, out = plan(path)
     size = disk["a_checkpoint"][0]
     kept, _ = plan(path, "stage.0.keep_every=100000")
     assert kept["permanent"] == [10] and kept["checkpoints"] - disk["checkpoints"] == 9 * size
     assert disk["written"] - (disk["total"] - disk["checkpoints"]) == pytest.approx(1000 * size, rel=0.01)
+    assert not says(out, "plan-written-daily")  # it ends within a day
+
+
+def test_writes_a_day_are_told_of_a_run_of_days(plan, tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = {}\nbatch = 4\noptimizer = "lion"\nlr = 1e-4\ncheckpoint_every = "1h"\n'
+    path = job(tmp_path, tiny_model, images, stage.format('"5d"') + stage.format('"5d"'))
+    disk, out = plan(path)
+    assert disk["written_a_day"] == [disk["written"] / 10] * 2
+    assert says(out, "plan-written-daily", slowest=size_text(disk["written"] / 10), fastest=size_text(disk["written"] / 10))
+    stage = stage.replace('"1h"', "1000")
+    path = job(tmp_path, tiny_model, images, stage.format(10**9))
+    disk, _ = plan(path, "--card", "4090")
+    (speeds,) = json.loads((tmp_path / "plan.json").read_text())["stages"][0]["seconds"].values()
+    assert disk["written_a_day"] == pytest.approx([disk["written"] * 86400 / seconds for seconds in speeds[::-1]])
 
 
 def test_a_stage_that_ends_by_time_has_as_many_checkpoints_as_the_fastest_card_saves(plan, tmp_path, tiny_model, images):

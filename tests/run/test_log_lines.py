@@ -47,7 +47,7 @@ TIMING = {
     "seconds": 5.0,
 }
 LINE = (
-    "unet 3/9 | loss 0.1235 ~0.2000 | ETA 1h01m | 12.3 img/s | lr 0.0001 | not saved yet | 3.2 GB | grad 1.5 | wait 25% | "
+    "unet 3/9 | loss 0.1235 ~0.2000 | ETA 1h01m | 12.3 img/s | lr 0.0001 | not saved yet | 3.0 GiB | grad 1.5 | wait 25% | "
     "epoch 1.23"
 )
 
@@ -513,7 +513,7 @@ def header_of(images=21, epochs=(21,), step=0, cached=21, shapes=1, measured=Fal
 def test_header_of_a_new_run():
     lines = header_of()
     assert list(lines) == ["run", "kernels", "base", "vae", "images", "cache", "stages", "line"]
-    assert re.fullmatch(r"reference.* on cpu \(1 threads\), \d+\.\d GB in use", lines.pop("kernels"))
+    assert re.fullmatch(r"reference.* on cpu \(1 threads\), \d+\.\d [MG]iB in use", lines.pop("kernels"))
     assert lines == {
         "run": "folder (9 steps, 2h)",
         "base": "base",

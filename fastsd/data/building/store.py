@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from fastsd.console import size_text
 from fastsd.data import cache
 from fastsd.data.rows import LATENTS, TENSOR, read_header, row_check
 from fastsd.errors import UserError
@@ -229,7 +230,7 @@ class Store:
         if need > free:
             raise UserError(
                 "cache-disk-space",
-                f"cache.dir {self.folder}: new shards need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free;"
+                f"cache.dir {self.folder}: new shards need {size_text(need)} and the disk has {size_text(free)} free;"
                 " free space or choose another folder",
             )
 
