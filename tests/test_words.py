@@ -79,7 +79,7 @@ def test_a_call_laid_out_by_hand_is_refused():
 
 def decimal_sizes(text: str) -> list[str]:
     """Return the sizes in decimal units. Bandwidths have them, and so have the names of cards and SSDs in shops."""
-    return re.findall(r"(?<!12 )(?<!16 )(?<!24 )(?<!\+)\b[KMG]B\b(?!/s)", text)
+    return re.findall(r"(?<!12 )(?<!16 )(?<!24 )(?<!\+)\b[KMG]B\b(?!/s|\?)", text)
 
 
 def test_sizes_have_binary_units():

@@ -123,7 +123,7 @@ def init(out: Path | None, answers: Answers, ask: Callable[[str], str] | None = 
         shapes = answer("VAE", answers.vae, default_vae, lambda text: _vae(text, factor, shapes, model, ask))
     images = answer("folder of images", answers.images, "", _images)
     console.echo(f"{images.total} images in {images.path}, {_captioned(images)}, {images.extent}")
-    memory = answer("card, or its memory in GB", answers.card, _this_card(), _memory)
+    memory = answer("card, or its memory in GiB", answers.card, _this_card(), _memory)
     name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(images.path)).name).strip("-.") or "images"
     default_out = str(out) if out else f"{name}-{goal}.toml"
     path = answer("config to write", default_out, default_out, _new_file)
@@ -134,7 +134,7 @@ def init(out: Path | None, answers: Answers, ask: Callable[[str], str] | None = 
     prompts = [text for text in dict.fromkeys(images.captions) if len(text) <= LONGEST and " --" not in text][:PROMPTS]
     steps = commands(str(path), run, memory.options, prompts[0] if prompts else "a red fox in the snow")
     keys = _tables(goal, run, model, name, data, images, prompts)
-    fits = f"for {memory.name} with {DISPLAY:g} GB left for a display"
+    fits = f"for {memory.name} with {DISPLAY:g} GiB left for a display"
     _write(path, job_text(f"{GOALS[goal].title[0].upper()}{GOALS[goal].title[1:]}, {fits}.", keys, stage, steps))
     console.echo(f"{path} written: batch {stage.batch} = {stage.batch // stage.micro_batch_size} x {stage.micro_batch_size}")
     console.echo("next:")
@@ -265,7 +265,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _this_card() -> str:
-    """Return the name of this machine's GPU, or its memory in GB if its type is not known; 24 without a GPU."""
+    """Return the name of this machine's GPU, or its memory in GiB if its type is not known; 24 without a GPU."""
     import torch
 
     from fastsd.plan.gpu_specs import gpu_of
@@ -281,9 +281,9 @@ def _memory(text: str) -> Memory:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB?|GiB)?", text, re.IGNORECASE)
     if match and DISPLAY < float(match[1]) < 1000:  # 4090 is a card
-        return Memory(f"a card of {float(match[1]):g} GB", float(match[1]), None)
+        return Memory(f"a card of {float(match[1]):g} GiB", float(match[1]), None)
     card = find_gpu(text)
-    return Memory(f"{card.name} ({card.memory:g} GB)", card.memory, card)
+    return Memory(f"{card.name} ({card.memory:g} GiB)", card.memory, card)
 
 
 def _new_file(text: str) -> Path:
@@ -342,7 +342,7 @@ def _stage(
     if stage is None:
         raise UserError(
             "init-does-not-fit",
-            f"--card is {memory.name}: no settings of the goal {goal} fit {memory.room:g} GB at {data.resolution} px; choose "
+            f"--card is {memory.name}: no settings of the goal {goal} fit {memory.room:g} GiB at {data.resolution} px; choose "
             f"{'a larger card' if goal == 'lora' else 'a larger card, or --goal lora'}",
         )
     return stage
