@@ -391,7 +391,9 @@ def demo(out: args.DemoFolder = Path("demo-out")) -> None:
 
 def _load(path: Path, overrides: list[str] | None, precision: Precision | None = None) -> Config:
     from fastsd.config.schema import load_config
+    from fastsd.console import STDOUT
 
+    STDOUT.name_config([str(path), *(overrides or [])], precision and precision.value)
     return load_config(path, overrides, precision and precision.value)
 
 
@@ -405,11 +407,11 @@ def main() -> None:
         with signals_of_commands():
             app()
     except UserError as error:
-        text = f"fastsd: {error}"
+        from fastsd.console import STDOUT, fit
+
+        text = STDOUT.copyable(f"fastsd: {error}")
         if sys.stderr.isatty():
             from shutil import get_terminal_size
-
-            from fastsd.console import fit
 
             text = fit(text, get_terminal_size().columns)
         print(text, file=sys.stderr)

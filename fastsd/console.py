@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from textwrap import wrap
 from typing import IO, Any, cast
@@ -12,6 +13,9 @@ import rich.console
 
 # Our own signs in terminals whose encoding has too few characters.
 _PLAIN = str.maketrans({"±": "+-", "×": "x", "≈": "~", "—": "-", "…": "...", "·": "*"})
+
+WARNING = "warning: "  # begins every line about something that may not be meant, and no other line
+_WITHOUT_PRECISION = ("cache",)  # commands with CONFIG that have no --precision
 
 
 class _Output:
@@ -67,6 +71,8 @@ class Console(rich.console.Console):
     """
 
     on_warning: Callable[[str], None] | None = None
+    _config_words: Sequence[str] = ()
+    _config_options: Sequence[str] = ()
 
     @property
     def file(self) -> IO[str]:
@@ -77,12 +83,28 @@ class Console(rich.console.Console):
         self._file = new_file
 
     def echo(self, text: str) -> None:
-        self.out(self._fit(text), highlight=False)
+        style = "bold yellow" if text.startswith(WARNING) else None
+        self.out(self._fit(self.copyable(text)), style=style, highlight=False)
 
     def warn(self, text: str) -> None:
-        self.out(self._fit(f"! {text}"), style="bold yellow", highlight=False)
+        self.echo(f"{WARNING}{text}")
         if self.on_warning:
-            self.on_warning(text)
+            self.on_warning(self.copyable(text))
+
+    def name_config(self, words: Sequence[str], precision: str | None = None) -> None:
+        """Set what replaces CONFIG in the commands of messages: the path and overrides of this command, and its precision."""
+        self._config_words, self._config_options = words, ["--precision", precision] if precision else []
+
+    def copyable(self, text: str) -> str:
+        """Replace CONFIG in the commands that a text names, so that the user can copy them to a shell."""
+        if not self._config_words:
+            return text
+
+        def command(match: re.Match[str]) -> str:
+            options = () if match[1] in _WITHOUT_PRECISION else self._config_options
+            return f"`fastsd {match[1]} {shlex.join([*self._config_words, *options])}"
+
+        return re.sub(r"`fastsd ([a-z-]+) CONFIG\b", command, text)
 
     def _fit(self, text: str) -> str:
         return fit(text, self.width) if self.is_terminal else text

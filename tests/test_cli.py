@@ -256,3 +256,21 @@ def test_a_signal_during_the_exit_has_no_traceback(number):
     command = f"{ending}\nimport sys; sys.argv = ['fastsd', '--help']\nfrom fastsd.cli import program\nprogram()"
     process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert process.returncode == -number and process.stderr == "" and "COMMAND" in process.stdout
+
+
+def test_commands_in_messages_can_be_copied(run, tmp_path, tiny_model, images, monkeypatch):
+    """A refusal and a warning name the config, with its overrides, as they are on this command line."""
+    (tmp_path / "my jobs").mkdir()
+    job(tmp_path / "my jobs", tiny_model, images, STAGE)
+    monkeypatch.chdir(tmp_path)
+    words = ("my jobs/job.toml", "cache.dir=new cache", "data.folders=['my photos']")
+    write_images(tmp_path / "my photos", 4)
+    code, _, err = run("train", "--precision", "bf16", *words)
+    (command,) = re.findall("`(.*)`", err)
+    assert code == 2 and says(err, "no-view") and shlex.split(command) == ["fastsd", "cache", *words]
+    assert run(*shlex.split(command)[1:])[0] == 0
+    write_images(tmp_path / "my photos", 5)
+    _, out, _ = run("check", *words)
+    assert says(out, "folders-changed", config=shlex.join(words))
+    _, out, _ = run("check", *words, "data.folders=['none']")
+    assert ", 2 steps with 2 images per step" in out  # although the number of images is unknown

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from environment import ROOT
-from sentences import ERRORS, FILE, LINES
+from sentences import ERRORS, FILE, LINES, SENTENCES, WARNINGS
 
 PRODUCT = sorted(path for folder in ("fastsd", "kernels", "bench") for path in ROOT.glob(f"{folder}/**/*.py"))
 FILES = [*PRODUCT, *sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("examples/*.py"))]
@@ -114,11 +114,31 @@ def test_every_error_has_a_code_and_its_sentence():
                     position = ERRORS[code.value].find(text, position)
                     assert position >= 0, f"{code.value}: {text!r} is not in {FILE.name}"
     assert codes == ERRORS.keys()
-    assert not ERRORS.keys() & LINES.keys()
-    assert all("-" in name for name in ERRORS | LINES)  # no word that also stands for something else
+    assert len(SENTENCES) == len(ERRORS) + len(LINES) + len(WARNINGS)
+    assert all("-" in name for name in SENTENCES)  # no word that also stands for something else
+
+
+def test_warnings_and_no_other_lines_have_their_word():
+    """`Console.warn` writes it. What it gets is a sentence of no other table, and its sentences are written by nothing else."""
+    tables = {"warn": (WARNINGS, ERRORS | LINES), "echo": (LINES, WARNINGS)}
+    checked = 0
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or getattr(node.func, "attr", "") not in tables or not node.args:
+                continue
+            texts = [text for text in literal_texts(node.args[0]) if re.search(r"\w{3}.*\w{3}", str(text))]
+            sentence = re.compile(".*?".join(map(re.escape, texts)))
+            right, wrong = (
+                [name for name, text in table.items() if texts and sentence.search(text)] for table in tables[node.func.attr]
+            )
+            assert not wrong or right, f"{path}:{node.lineno}: {wrong}"
+            checked += bool(right)
+    assert checked > 40
+    for name, text in SENTENCES.items():
+        assert not re.match(r"(?i)(warning|note|caution)\b|!", text), f"{name}: the word is not part of a sentence"
 
 
 def test_a_test_looks_for_every_sentence():
     tests = "".join(path.read_text() for path in FILES if path.is_relative_to(ROOT / "tests"))
-    missing = [name for name in ERRORS | LINES if f'"{name}"' not in tests and f"'{name}'" not in tests]
+    missing = [name for name in SENTENCES if f'"{name}"' not in tests and f"'{name}'" not in tests]
     assert not missing, "a refusal that no test meets may vanish unnoticed; write its test, or remove a line nobody looks for"

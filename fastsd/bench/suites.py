@@ -66,6 +66,8 @@ def bench(
         UserError: a word or a value is invalid, a package is missing, or there is too little memory.
     """
     benchmark, config, changes = _parse(words)
+    if config:
+        console.name_config([config, *changes], more.get("precision"))
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
     command_line = BenchOptions(benchmark, config, changes, **more)
     if json_file and not json_file.absolute().parent.is_dir():
@@ -74,7 +76,7 @@ def bench(
 
     device, figures = BENCHMARKS[benchmark](command_line, console)
     for warning in figures["misses"]:
-        console.echo(f"note: {warning}")
+        console.warn(warning)
     if json_file:
         header = {"stamp": counters.stamp(device), "asked": asdict(command_line)}
         replace_file(json_file, json.dumps({**header, **figures}, indent=1) + "\n")

@@ -57,7 +57,7 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         tokenizer = load_tokenizer(config.model)[0]
     except UserError as error:  # training needs a tokenizer, but encoding images does not
         tokenizer = None
-        console.echo(f"note: {error}")
+        console.warn(str(error))
 
     if ops is TRITON and not INTERPRETED and not data.latents:
         _compile_encoder(config, vae, console)
@@ -80,9 +80,9 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     with closing(LatentCache.open(config.cache.dir, counts.view)) as latents:
         _echo(console, several_captions(latents))
     if counts.empty_captions:
-        console.echo(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
+        console.warn(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
     if counts.rejected:
-        console.echo(f"{counts.rejected} rejected:")
+        console.warn(f"{counts.rejected} rejected:")
         _print_reasons(console, counts.reasons)
         for example in counts.examples:
             console.echo(f"  {example}")
@@ -94,8 +94,11 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
 
 def _print_lists(folder: Path, view: str, console: Console, indent: str = "") -> None:
     """Print what was found in the folders besides usable images, and the file that names it all."""
-    for line in (lists.enlarged(folder, view), *lists.unused_files(folder, view).lines()):
+    unused = lists.unused_files(folder, view)
+    for line in unused.lines():
         _echo(console, line, indent)
+    for warning in filter(None, (lists.enlarged(folder, view), *unused.warnings())):
+        console.warn(warning)
     path = lists.list_path(folder, view)
     if path.exists() and path.stat().st_size:
         console.echo(f"{indent}these files are named in {path}")
@@ -170,7 +173,7 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
         for problem in contents.damaged:
             console.echo(f"  damaged: {problem}")
         if contents.rejected:
-            console.echo(f"  {sum(contents.rejected.values())} rejected:")
+            console.warn(f"{sum(contents.rejected.values())} rejected:")
             _print_reasons(console, contents.rejected)
     if problems:
         raise UserError("cache-damaged", "\n".join(problems))
@@ -187,7 +190,7 @@ def _print_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
     channels = ", ".join(f"{mean:+.2f} ± {std:.2f}" for mean, std in zip(view.mean, view.std, strict=True))
     console.echo(f"    mean ± std of each scaled channel, from {view.measured} latents: {channels}")
     if view.warning:
-        console.echo(f"    warning: {view.warning}")
+        console.warn(view.warning)
 
 
 def _print_captions(config: Config, view: str, console: Console) -> None:
@@ -196,4 +199,5 @@ def _print_captions(config: Config, view: str, console: Console) -> None:
         _echo(console, several_captions(latents), indent="    ")
         tokenizer = load_tokenizer(config.model)[0]
         tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks, config.model.cut)
-        _echo(console, tokens.truncation(), indent="    ")
+        if truncation := tokens.truncation():
+            console.warn(truncation)

@@ -61,19 +61,21 @@ def check(config: Config, console: Console = STDOUT) -> None:
     models: list[Model] = []
     images_per_epoch: list[int] = []  # empty until it is known, like `models`
     attempt("device", lambda: _device(config, console))
-    notes: list[str] = []
-    attempt("images", lambda: _images(config, images_per_epoch, notes))
+    notes, warnings = list[str](), list[str]()
+    attempt("images", lambda: _images(config, images_per_epoch, notes, warnings))
     attempt("model", lambda: _model(config, models))
     if models:
-        attempt("cache", lambda: _cache(config, models[0], images_per_epoch, notes))
+        attempt("cache", lambda: _cache(config, models[0], images_per_epoch, notes, warnings))
         if all(is_cached) and (config.validate_.held_out or config.validate_.stabilised):
             attempt("validation", lambda: _validation(config, models[0], images_per_epoch))
-        attempt("samples", lambda: _samples(models[0], config, notes))
+        attempt("samples", lambda: _samples(models[0], config, warnings))
     for i in range(len(config.stage)):
-        attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch, notes))
+        attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch, warnings))
     notes += [clip_skip_note(config.model.clip_skip)] if config.model.clip_skip else []
-    for note in (models[0].notes if models else []) + notes:
+    for note in notes:
         console.echo(f"note  {note}")
+    for warning in (models[0].notes if models else []) + warnings:
+        console.warn(warning)
     attempt("run folder", lambda: _disk_space(config, models, images_per_epoch))
 
     if problems:
@@ -88,10 +90,11 @@ def _device(config: Config, console: Console) -> str:
     return f"{device}, kernels {choose_ops(config.kernels, device).name}"
 
 
-def _images(config: Config, images_per_epoch: list[int], notes: list[str]) -> str:
+def _images(config: Config, images_per_epoch: list[int], notes: list[str], warnings: list[str]) -> str:
     unused = UnusedFiles()
     images, repeated = folders.count(config.data, unused.add)
     notes += unused.lines()
+    warnings += unused.warnings()
     images_per_epoch.append(repeated)
     per_epoch = f", {repeated} per epoch" if repeated != images else ""
     return f"{images} in {', '.join(root.path for root in config.data.roots)}{per_epoch}"
@@ -107,13 +110,13 @@ def _model(config: Config, models: list[Model]) -> str:
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE scaling factor {model.vae.scaling_factor:g}"
 
 
-def _samples(model: Model, config: Config, notes: list[str]) -> str:
+def _samples(model: Model, config: Config, warnings: list[str]) -> str:
     description = check_samples(model, config)
-    notes += notes_on_prompts(model.text, config.sample)
+    warnings += notes_on_prompts(model.text, config.sample)
     return description
 
 
-def _stage(config: Config, index: int, models: list[Model], images_per_epoch: list[int], notes: list[str]) -> str:
+def _stage(config: Config, index: int, models: list[Model], images_per_epoch: list[int], warnings: list[str]) -> str:
     stage, name = config.stage[index], config.stage_name(index)
     trained_size = ""
     if models:
@@ -122,27 +125,29 @@ def _stage(config: Config, index: int, models: list[Model], images_per_epoch: li
         trained_size = f" ({parameter_count(models[0], trained):,} parameters)"
     steps = check_length(stage, name, images_per_epoch[0]) if images_per_epoch else None
     if models:
-        notes += stage_notes(stage, name, steps or ENDLESS, models[0].scheduler, models[0].prediction)
-    length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
+        warnings += stage_notes(stage, name, steps or ENDLESS, models[0].scheduler, models[0].prediction)
+    amount = steps if steps and steps < ENDLESS else stage.until
+    length = f"{amount} steps" if isinstance(amount, int) else amount
     return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"
 
 
-def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: list[str]) -> str:
+def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: list[str], warnings: list[str]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
         folder = Path(config.cache.dir)
-        notes += filter(None, (several_captions(latents), lists.enlarged(folder, latents.name)))
+        notes += filter(None, [several_captions(latents)])
+        warnings += filter(None, [lists.enlarged(folder, latents.name)])
         args = latents, model.text.tokenize, config.seed
         loaders = [Loader(*args, stage, data=config.data) for stage in config.stage]
-        notes += filter(None, (rare_shapes(config, index, loader) for index, loader in enumerate(loaders)))
+        warnings += filter(None, (rare_shapes(config, index, loader) for index, loader in enumerate(loaders)))
         if changes := lists.changes(config.data, folder, latents.name):
-            notes.append(str(changes))
+            warnings.append(str(changes))
         elif not lists.list_path(folder, latents.name).exists():
-            notes.append(
+            warnings.append(
                 f"cache.dir {folder} does not know its files; run `fastsd cache CONFIG` once, so that changes are noticed"
             )
         with suppress(UserError):  # captions are then tokenized during training, which says so
             text = model.text
-            notes += filter(None, [Tokens(latents, text.tokenizer, text.window, text.chunks, text.cut).truncation()])
+            warnings += filter(None, [Tokens(latents, text.tokenizer, text.window, text.chunks, text.cut).truncation()])
         if config.cache.hidden_states:
             TextEmbeddings(config.cache, latents, model.text).close()
         images_per_epoch[:] = [loaders[0].images]

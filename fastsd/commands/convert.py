@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
@@ -195,7 +196,7 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
         raise UserError(
             "convert-vae-channels",
             f"{vae.place}: latent_channels is {channels}, but the UNet has {expected}; give a VAE with {expected} latent "
-            "channels, or use `fastsd swap-vae`",
+            f"channels, or use `fastsd swap-vae {quote(base)} {quote(options.vae or 'VAE')} OUT`",
         )
     return source
 

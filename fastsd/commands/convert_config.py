@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fastsd.commands.foreign_config import Foreign, read_foreign
@@ -98,7 +99,7 @@ def convert_config(source: Path, out: Path | None, console: Console = STDOUT) ->
         console.echo(f"{'unknown':<12}{line}; look for a setting in its place")
     for line in [*foreign.notes, *missing, *_problems(out)]:
         console.echo(f"{'to do':<12}{line}")
-    console.echo(f"next: fastsd check {out}")
+    console.echo(f"next: `fastsd check {quote(str(out))}`")
 
 
 def converted(foreign: Foreign) -> Result:

@@ -186,13 +186,13 @@ def _print_changes(console: Console, model: Model, new: Vae) -> None:
     base_vae, channels = model.vae, model.unet.cfg.in_channels
     console.echo(f"VAE scaling factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
     for note in model.notes:
-        console.echo(f"note: {note}")
+        console.warn(note)
     if new.channels != channels:
         change = "widened, new channels start at zero" if new.channels > channels else "narrowed, extra channels removed"
         console.echo(f"latent channels {channels} -> {new.channels}: first and last convolution {change}")
     if new.downscale != base_vae.downscale:
         change = f"{base_vae.downscale} -> {new.downscale}"
-        console.echo(f"VAE downscale {change}: latents have other sizes than those the UNet was trained on")
+        console.warn(f"VAE downscale {change}: latents have other sizes than those the UNet was trained on")
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ def _print_table(console: Console, record: dict[str, Any]) -> None:
     images = f"images of {record['images']} at {record['resolution']} px"
     console.echo(f"{record['fitted']} {images} for the fit, {record['measured']} others to measure it")
     if record["put_aside"]:
-        console.echo(f"{sum(record['put_aside'].values())} rejected: {_reasons(record['put_aside'])}")
+        console.warn(f"{sum(record['put_aside'].values())} rejected: {_reasons(record['put_aside'])}")
     console.echo(f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
     for name, row in record["fits"].items():
         loss = f"{row['loss']:.4f} ± {row['se']:.4f}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
@@ -73,7 +74,9 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], text_embeddings=text_embeds)
         splits = _splits(base, latents, config)
         validation = Validation(model, loader, splits, table)
-        console.echo("\n".join([f"{base}, {switches}", *(f"note: {note}" for note in splits.notes), str(validation)]))
+        for note in splits.notes:
+            console.warn(note)
+        console.echo(f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
         except Exception as error:
@@ -113,7 +116,7 @@ def latents_of(name: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
         raise UserError(
             "validate-no-latents",
             f"cache.dir is {config.cache.dir}, which has no latents of these images from the VAE of {name}; run `fastsd cache "
-            f"CONFIG model.vae={name}{scaling}` first",
+            f"CONFIG model.vae={quote(name)}{scaling}` first",
         )
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
         yield latents
@@ -127,7 +130,7 @@ def _text_embeddings(config: Config, latents: LatentCache, model: Model, console
         try:
             text_embeddings = TextEmbeddings(config.cache, latents, model.text)
         except UserError as error:
-            console.echo(f"note: captions are encoded during validation: {error}")
+            console.warn(f"captions are encoded during validation: {error}")
     try:
         yield text_embeddings
     finally:

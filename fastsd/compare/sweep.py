@@ -31,11 +31,18 @@ from fastsd.storage import replace_file
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of a sweep. Its folder is called `name`, such as "lr=1e-05,clip_skip=1"; `values` are those of the swept keys."""
+    """One run of a sweep.
+
+    Attributes:
+        name: that of its folder, such as "lr=1e-05,clip_skip=1".
+        values: values of the swept keys.
+        words: path and overrides that give `config` on a command line.
+    """
 
     name: str
     values: dict[str, Any]
     config: Config
+    words: list[str]
 
     @property
     def folder(self) -> Path:
@@ -64,13 +71,13 @@ def sweep(
         values = ", ".join(f"{key} = {setting_text(value)}" for key, value in variant.values.items())
         console.echo(f"  {variant.name}: {values}")
 
-    _prepare(variants, console)
+    _prepare(variants, precision, console)
     root.mkdir(parents=True, exist_ok=True)
     values_by_name = {variant.name: variant.values for variant in variants}
     record = {"config": str(path), "baseline": baseline_variant.name, "runs": values_by_name}
     replace_file(root / "sweep.json", json.dumps(record, indent=2) + "\n")
 
-    failed = _train_all(variants, console)
+    failed = _train_all(variants, precision, console)
     logged = [v for v in variants if (log := v.folder / "log.jsonl").is_file() and log.stat().st_size]
     if logged:
         compared_with = baseline_variant if baseline_variant in logged else logged[0]
@@ -99,13 +106,16 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
     variants: list[Variant] = []
     for combination in all_combinations:
         try:
-            config = load_config(path, [f"{key}={text}" for key, (text, _) in combination.items()], precision)
+            overrides = [f"{key}={text}" for key, (text, _) in combination.items()]
+            config = load_config(path, overrides, precision)
         except UserError as error:
             problems += str(error).split("\n")
             continue
         name = ",".join(f"{short_keys[key]}={safe_name(setting_text(combination[key][1]))}" for key in swept)
-        variant_config = config.model_copy(update={"run": str(Path(config.run) / name)})
-        variants.append(Variant(name, {key: combination[key][1] for key in swept}, variant_config))
+        folder = str(Path(config.run) / name)
+        command_words = [str(path), *overrides, f"run={folder}"]
+        values = {key: combination[key][1] for key in swept}
+        variants.append(Variant(name, values, config.model_copy(update={"run": folder}), command_words))
     if problems:
         raise UserError("sweep-configs", "\n".join(dict.fromkeys(problems)))
     by_name: dict[str, Variant] = {}
@@ -146,7 +156,7 @@ def _settings(config: Config) -> str:
     return dump_config(config.model_copy(update={"run": ""}))
 
 
-def _prepare(variants: Sequence[Variant], console: Console) -> None:
+def _prepare(variants: Sequence[Variant], precision: str | None, console: Console) -> None:
     """Load every model once, to report errors before the first run, and build missing caches.
 
     A run with a checkpoint is skipped, because it has passed this check before.
@@ -157,11 +167,12 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
         config = variant.config
         if checkpoints(variant.folder / "checkpoints"):
             continue
+        console.name_config(variant.words, precision)
         try:
             model = load_to_train(config.model)
             check_samples(model, config)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(console.copyable(str(error)))
             continue
         try:
             view = view_name(config, model.vae.hash)
@@ -177,7 +188,7 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
         cache(config, console)
 
 
-def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
+def _train_all(variants: Sequence[Variant], precision: str | None, console: Console) -> dict[str, str]:
     """Train the unfinished runs. Return the error message of each failed run by its name."""
     failed = {}
     for i, variant in enumerate(variants, 1):
@@ -185,10 +196,11 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
         if _finished(variant):
             console.echo("already finished")
             continue
+        console.name_config(variant.words, precision)
         try:
             train(variant.config, console)
         except UserError as error:
-            failed[variant.name] = str(error)
+            failed[variant.name] = console.copyable(str(error))
             console.echo(f"failed: {error}\ncontinuing with the next run")
         # The next run needs the memory of this run, and measures its own peak.
         gc.collect()

@@ -10,6 +10,7 @@ It reads the files of the runs and changes nothing. Addresses:
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ def watch(folders: Sequence[Path], port: int, console: Console = STDOUT) -> None
     with server:
         number = server.server_port
         console.echo(f"http://{HOST}:{number} shows {', '.join(map(str, folders))}; Ctrl-C ends it")
-        console.echo(f"from another machine: ssh -L {number}:{HOST}:{number} THIS-MACHINE, then open the same address there")
+        tunnel = f"ssh -L {number}:{HOST}:{number} {socket.gethostname()}"
+        console.echo(f"from another machine: `{tunnel}`, then open the same address there")
         server.serve_forever()
 
 

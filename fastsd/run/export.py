@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import Console, size_text
+from fastsd.console import WARNING, Console, size_text
 from fastsd.model.formats.adapters import Averages, write_lora_file
 from fastsd.model.formats.model_source import ModelSource, read_component
 from fastsd.model.formats.model_summary import metadata_of
@@ -83,7 +83,11 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, cons
         components = {name: read_component(folder, name) for name in (*COMPONENTS, "vae")}  # just written, so not verified
         source = ModelSource(folder, components, model.scheduler, None)
         notes = write_single_file(source, single_file, dtype=table.dtype, fold=table.fold, metadata=metadata())
-        outputs.append((single_file, "; ".join([f"single file in {table.dtype}", *notes])))
+        warnings = [note for note in notes if note.startswith(WARNING)]
+        remarks = [note for note in notes if note not in warnings]
+        outputs.append((single_file, "; ".join([f"single file in {table.dtype}", *remarks])))
+        for warning in warnings:
+            console.echo(warning)
     if model.lora is not None:
         with new_file(lora_file) as temporary:
             write_lora_file(temporary, model, averages, table.lora, metadata(lora=True))

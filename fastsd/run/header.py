@@ -45,7 +45,9 @@ def header(run: Run) -> dict[str, str]:
     }
     if config.model.clip_skip:
         lines["text"] = clip_skip_note(config.model.clip_skip)
-    lines["line"] = legend(tunes_lr=any(OPTIMIZERS[stage.optimizer].tunes_lr for stage in config.stage))
+    lines["line"] = legend(
+        stages=len(config.stage), tunes_lr=any(OPTIMIZERS[stage.optimizer].tunes_lr for stage in config.stage)
+    )
     if data.sets.measured:
         lines["validation"] = f"{run.evaluation.validation}, every {config.validate_.every}"
     return lines

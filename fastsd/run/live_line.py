@@ -54,10 +54,11 @@ def _eta(timing: Mapping[str, float]) -> str:
     return f"ETA {stage}" if timing["eta"] == timing["stage_eta"] else f"ETA {stage}, all {job}"
 
 
-def legend(*, tunes_lr: bool) -> str:
+def legend(*, stages: int, tunes_lr: bool) -> str:
     """Explain the signs of a line."""
+    eta = ", ETA = time left in the stage, all = in all stages" if stages > 1 else ""
     step_size = ", d*lr = step size of D-Lion, which finds d" if tunes_lr else ""
-    return f"~ = smoothed loss{step_size}, wait = share of the time spent waiting for data"
+    return f"~ = smoothed loss{eta}{step_size}, wait = share of the time spent waiting for data"
 
 
 def charts(values: LogRow, timing: Mapping[str, float]) -> dict[str, float]:

@@ -36,7 +36,7 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True, sta
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with stop_signals(Path(config.run)) as signals, notified_end(config):
+    with stop_signals(Path(config.run)) as signals, notified_end(config, console):
         try:
             while not _train_once(config, console, signals, start, export=export):
                 gc.collect()  # the exception's traceback refers to the old model

@@ -71,7 +71,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     if table is None:
         raise UserError(
             "run-config-unreadable",
-            f"{run / 'config.json'}: missing or not readable as a config; delete it and run `fastsd train` again to write it",
+            f"{run / 'config.json'}: missing or not readable as a config; delete it and run `fastsd train CONFIG` to write it",
         )
     config = parse_config(table, str(run / "config.json"))
     trained = read_config(checkpoint / CONFIG) or config  # the settings may have been changed after the last step

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from fastsd.config.schema import Config
+from fastsd.console import Console
 from fastsd.errors import Stopped
 
 Event = Literal["stage", "finished", "error"]
@@ -37,13 +38,13 @@ def notify(config: Config, event: Event, message: str) -> None:
 
 
 @contextmanager
-def notified_end(config: Config) -> Iterator[None]:
+def notified_end(config: Config, console: Console) -> Iterator[None]:
     """Notify the end of a run: finished, or an error. A run that the user stops is neither."""
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
-        notify(config, "error", f"{config.run}: {str(error) or type(error).__name__}")
+        notify(config, "error", f"{config.run}: {console.copyable(str(error)) or type(error).__name__}")
         raise
     notify(config, "finished", f"{config.run}: all stages are complete")

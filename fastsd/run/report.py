@@ -30,7 +30,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fastsd.config.schema import LogTable
-from fastsd.console import Console
+from fastsd.console import Console, fit
 from fastsd.run.folder import LogRow, read_rows
 from fastsd.run.live_line import charts, live_line
 from fastsd.run.sinks import Sink, open_sinks
@@ -82,8 +82,9 @@ class TrainReport:
     def header(self, rows: dict[str, str]) -> None:
         width = max(map(len, rows)) + 2
         for name, value in rows.items():
-            lines = value.replace("\n", "\n" + " " * width)
-            # A rich table would wrap the lines at 80 columns in a log file.
+            # A rich table would wrap the lines at 80 columns in a log file, and rich itself would break words.
+            text = fit(value, self.console.width - width) if self.console.is_terminal else value
+            lines = text.replace("\n", "\n" + " " * width)
             self.console.print(Text.assemble((name.ljust(width), "bold"), lines), soft_wrap=True)
         if self.live:
             self.live.start()

@@ -143,7 +143,7 @@ def _advice(
             earlier = checkpoint.read_progress(path)
             is_inside = stage and earlier.stage == index and (complete or not earlier.stage_done)
             if earlier.stage < index or (stage and is_inside and _is_before_end(earlier, stage, steps)):
-                return f"{change}, or go back with --from {path.name}"
+                return f"{change}, or go back with `fastsd train CONFIG --from {path.name}`"
     return f"{change}, or start a new run with run=FOLDER"
 
 

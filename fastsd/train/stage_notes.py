@@ -1,4 +1,4 @@
-"""Notes on the settings of a stage that are valid and often not meant. `fastsd check` and the start of a run print them."""
+"""Warnings of settings of a stage that are valid and often not meant. `fastsd check` and the start of a run print them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stage_notes(stage: StageTable, name: str, steps: int, scheduler: dict[str, o
     Raises:
         UserError: as `Objective`.
     """
-    notes = [_ema_note(stage, steps), _weighting_note(stage, scheduler, prediction)]
+    notes = [_ema_note(stage, steps), _weighting_note(stage, scheduler, prediction), _dlion_note(stage), _dropout_note(stage)]
     return [f"stage {name!r}: {note}" for note in notes if note]
 
 
@@ -67,3 +67,24 @@ def _weighting_note(stage: StageTable, scheduler: dict[str, object], prediction:
             f"where those of other trainers rise; for theirs, set weighting_form to {other}"
         )
     return ""
+
+
+def _dlion_note(stage: StageTable) -> str:
+    components = {name.split(".")[0] for name in stage.train}
+    if stage.optimizer != "dlion" or "text_encoder" not in components:
+        return ""
+    lr = "3e-6" if components == {"text_encoder"} else "{ unet = 1e-6, text_encoder = 3e-6 }"
+    return (
+        'optimizer is "dlion" and the text encoder is trained, whose loss says little about a good step size, so that d may '
+        f'grow until the model forgets its words; set optimizer = "lion" and lr = {lr}'
+    )
+
+
+def _dropout_note(stage: StageTable) -> str:
+    """Return a sentence for a stage that trains the whole UNet: one that trains less of the model keeps its empty caption."""
+    if stage.caption_dropout or "unet" not in stage.train:
+        return ""
+    return (
+        "caption_dropout is 0, so the empty caption, which guidance needs for sampling, is not trained; set "
+        "caption_dropout = 0.1, unless data.folders has images without captions"
+    )

@@ -378,6 +378,6 @@ class Step:
 def _memory_error(cause: str, reason: str) -> UserError:
     return UserError(
         "out-of-memory",
-        f"out of memory {cause} ({reason}); choose settings that `fastsd plan` reports as fitting, and run again to continue "
-        "from the last checkpoint",
+        f"out of memory {cause} ({reason}); choose settings that `fastsd plan CONFIG` reports as fitting, and run again to "
+        "continue from the last checkpoint",
     )

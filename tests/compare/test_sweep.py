@@ -121,10 +121,12 @@ def test_failed_run_does_not_stop_the_others(path, tmp_path, monkeypatch, capsys
 def test_failed_runs_are_listed_at_the_end(path, monkeypatch, no_report):
     def refuse(config, console):
         if config.seed < 3:
-            raise UserError("run-locked", f"locked {config.seed}")
+            raise UserError("run-locked", f"locked {config.seed}, see `fastsd check CONFIG`")
 
     monkeypatch.setattr(module, "train", refuse)
-    with refused("sweep-runs-failed", problem="seed=1 failed: locked 1\nseed=2 failed: locked 2"):
+    commands = [f"`fastsd check {path} seed={seed} run={path.parent / 'run'}/seed={seed}`" for seed in (1, 2)]
+    problems = [f"seed={seed} failed: locked {seed}, see {command}" for seed, command in enumerate(commands, 1)]
+    with refused("sweep-runs-failed", problem="\n".join(problems)):
         run_sweep(path, "seed=1,2,3")
 
 

@@ -118,6 +118,18 @@ def test_a_terminal_has_one_live_line(tmp_path):
     assert "\x1b[?25h" in text.getvalue() and "unet 3/9" in text.getvalue()
 
 
+def test_header_on_a_terminal_ends_its_lines_between_words_and_keeps_its_column(tmp_path):
+    report, text = make_report(tmp_path, terminal=True)
+    words = [f"word-{i}" for i in range(40)]
+    report.header({"stages": " ".join(words), "x": "y"})
+    report.close()
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text.getvalue()).splitlines()
+    continued = [line for line in lines if line.startswith(" ") and line.strip()]
+    assert len(continued) > 3 and max(map(len, lines)) <= report.console.width
+    assert all(line.startswith(" " * len("stages    ")) for line in continued)
+    assert [word for line in lines for word in line.split() if word in words] == words
+
+
 def test_header_is_not_wrapped_or_interpreted(tmp_path):
     report, text = make_report(tmp_path)
     report.header({"data": "[red]" + "x" * 80, "longer": "y\nz"})
@@ -175,7 +187,7 @@ def test_a_full_disk_delays_rows(tmp_path, monkeypatch):
     for step in range(8, 58):
         report.row(VALUES | {"step": step}, TIMING)
     assert says(text.getvalue(), "row-not-written", file="log.jsonl", step=8, strerror="No space left on device", lost="")
-    assert text.getvalue().count("!") == 2  # once for each file
+    assert text.getvalue().count("warning: ") == 2  # once for each file
     with pytest.raises(OSError, match="No space left"):
         report.flush()
     disk.room = None
@@ -522,7 +534,8 @@ def test_header_of_a_new_run():
         "cache": "21 of 23 images cached (cache)",
         "stages": "s0: unet+text_encoder lion lr 0.0001/1e-05 fp32, batch 6 (micro-batch 3), 1,000 parameters, 9 steps\n"
         "s1: unet dlion lr 1 bf16, batch 4, 2,000,000 parameters, 2h",
-        "line": "~ = smoothed loss, d*lr = step size of D-Lion, which finds d, wait = share of the time spent waiting for data",
+        "line": "~ = smoothed loss, ETA = time left in the stage, all = in all stages, d*lr = step size of D-Lion, which finds "
+        "d, wait = share of the time spent waiting for data",
     }
 
 

@@ -59,4 +59,4 @@ def test_warnings_are_written_down(notified, tiny_model):
     (folder / "tensorboard").write_text("")  # no folder, so that the event file cannot be made
     _, text = run(path, "log.tensorboard=true", "log.every=1", "stage.second.until=3")
     (warning,) = [row for row in rows_of(folder, "warnings.jsonl") if "TensorBoard" in row["text"]]
-    assert f"! {warning['text']}" in text and warning["step"] == 3 and abs(time.time() - warning["time"]) < 600
+    assert f"warning: {warning['text']}" in text and warning["step"] == 3 and abs(time.time() - warning["time"]) < 600

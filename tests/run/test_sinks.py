@@ -39,7 +39,7 @@ def test_text_is_written_as_it_is():
     console = Console(file=StringIO(), width=20)
     console.echo(text)
     console.warn(text)
-    assert console.file.getvalue() == f"{text}\n! {text}\n"
+    assert console.file.getvalue() == f"{text}\nwarning: {text}\n"
 
 
 class RecordingSink:

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from fastsd.console import WARNING
 from fastsd.errors import UserError
 
 FILE = Path(__file__).with_suffix(".toml")
 _TABLES = tomllib.loads(FILE.read_text())
-ERRORS, LINES = _TABLES["errors"], _TABLES["lines"]
+ERRORS, LINES, WARNINGS = _TABLES["errors"], _TABLES["lines"], _TABLES["warnings"]
+SENTENCES = ERRORS | LINES | WARNINGS
 
 
 def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
-    """Compile the sentence `name`. A field that is not given matches any text within a line."""
-    sentence = ERRORS[name] if name in ERRORS else LINES[name]
+    """Compile the sentence `name`. A field that is not given matches any text within a line.
+
+    A warning follows its word, or is a whole text that nothing has printed yet. CONFIG is a field: a command line fills it in.
+    """
+    sentence = SENTENCES[name].replace("CONFIG", "{config}")
     parts = re.split(r"\{(\w+)\}", sentence)
     assert not fields.keys() - set(parts[1::2]), f"{name}: {sentence!r} has no field {sorted(fields)}"
     for i, text in enumerate(parts):
@@ -27,12 +32,13 @@ def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
             parts[i] = rf"(?<!\d){re.escape(str(fields[text]))}(?!\d)"  # 1 is not the beginning of 12
         else:
             parts[i] = r"[^\n]*?"
-    return re.compile("".join(parts))
+    start = rf"(?:\A|{re.escape(WARNING)})" if name in WARNINGS else ""
+    return re.compile(start + "".join(parts))
 
 
 def sentence(name: str, /, **fields: object) -> str:
     """Return the sentence `name` with all its fields filled in."""
-    return (ERRORS | LINES)[name].format(**fields)
+    return SENTENCES[name].format(**fields)
 
 
 def says(text: str, name: str, /, **fields: object) -> bool:

@@ -67,7 +67,7 @@ def test_each_command_says_why_it_runs_on_the_cpu(situation, tmp_path, tiny_mode
     sample = ("sample", tiny_model, "--prompt", "x", "--steps", 1, "--out", tmp_path / "samples")
     for words in (("cache", path), ("check", path), ("train", path), sample):
         (line,) = run(*words)
-        assert line.startswith("! ") and all(fact in line for fact in situation)
+        assert line.startswith("warning: ") and all(fact in line for fact in situation)
     assert not run("cache", path, "device=cpu") and not run(*sample, "--device", "cpu")
 
 

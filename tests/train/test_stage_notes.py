@@ -81,6 +81,12 @@ NOTES = [  # (settings, prediction and noise schedule, steps, sentence or "")
     ({"weighting": "p2"}, "v", 9, sentence("weighting-of-paper", stage="'a'", weighting="p2", form='"onetrainer"')),
     ({"weighting": "p2", "weighting_form": "onetrainer"}, "zero", 9, ""),
     ({"weighting": "debiased"}, "epsilon", 9, ""),
+    ({"caption_dropout": 0.0}, "epsilon", 9, sentence("dropout-missing", stage="'a'")),
+    ({"caption_dropout": 0.0, "train": ["unet.mid"]}, "epsilon", 9, ""),
+    ({"optimizer": "dlion", "train": ["text_encoder"]}, "epsilon", 9, sentence("dlion-on-text", stage="'a'", lr="3e-6")),
+    ({"optimizer": "dlion", "train": ["unet.mid", "text_encoder.layers"]}, "epsilon", 9,
+     sentence("dlion-on-text", stage="'a'", lr="{ unet = 1e-6, text_encoder = 3e-6 }")),
+    ({"optimizer": "dlion"}, "epsilon", 9, ""),
 ]  # fmt: skip
 
 
@@ -88,9 +94,9 @@ NOTES = [  # (settings, prediction and noise schedule, steps, sentence or "")
 def test_notes_on_settings_that_are_often_not_meant(settings, kind, steps, expected):
     velocity = {} if kind == "epsilon" else {"prediction_type": "v_prediction", "rescale_betas_zero_snr": kind == "zero"}
     scheduler = SD15_SCHEDULER | velocity
-    assert stage_notes(stage_of(**settings), "a", steps, scheduler, scheduler["prediction_type"]) == (
-        [expected] if expected else []
-    )
+    stage = stage_of(**{"caption_dropout": 0.1} | settings)
+    notes = stage_notes(stage, "a", steps, scheduler, scheduler["prediction_type"])
+    assert notes == ([expected] if expected else [])
 
 
 def test_check_and_the_start_of_a_run_print_the_notes(tmp_path, tiny_model, images):

@@ -36,16 +36,20 @@ class UnusedFiles:
             examples.append(shown(os.path.basename(path)))
 
     def lines(self) -> list[str]:
-        """Return a sentence for each reason, with the endings or the first names of its files."""
+        """Return a sentence for each reason that is usual, with the endings or the first names of its files."""
         return [
             f"{count} {text}: {names}"
             for reason, text, names in (
                 (OTHER, "other files are ignored", self._ending_list()),
-                (STRAY, "captions have no image of the same name", self._example_list(STRAY)),
                 (HIDDEN, "hidden files and folders of systems are skipped", self._example_list(HIDDEN)),
             )
             if (count := self._counts[reason])
         ]
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each reason that may be a mistake."""
+        count = self._counts[STRAY]
+        return [f"{count} captions have no image of the same name: {self._example_list(STRAY)}"] if count else []
 
     def _ending_list(self) -> str:
         counts = sorted(self._endings.items(), key=lambda item: (-item[1], item[0]))

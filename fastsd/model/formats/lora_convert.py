@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fastsd.config.stages import COMPONENTS
+from fastsd.console import WARNING
 from fastsd.errors import UserError
 from fastsd.model.formats.lora_files import (
     LoraFile,
@@ -65,19 +66,19 @@ def _peft_warnings(lora: LoraFile) -> list[str]:
     if any(module.startswith("unet.") and ".attn" in module for module in lora.alphas):
         # ComfyUI's `model_lora_keys_unet` has names with `.processor.to_q` for attention, so it does not find `.to_q`.
         warnings.append(
-            "warning: ComfyUI ignores the UNet's attention layers in a LoRA with diffusers' names; for ComfyUI and A1111, "
+            f"{WARNING}ComfyUI ignores the UNet's attention layers in a LoRA with diffusers' names; for ComfyUI and A1111, "
             "convert with --to lora-kohya"
         )
     if any(module.startswith("text_encoder.") for module in lora.alphas):
         # It reads `text_encoder.` as `text.encoder.`, which is no layer of its models (`bench/clients.py`).
         warnings.append(
-            "warning: stable-diffusion.cpp ignores the text encoder's layers in a LoRA with diffusers' names; for it, convert "
+            f"{WARNING}stable-diffusion.cpp ignores the text encoder's layers in a LoRA with diffusers' names; for it, convert "
             "with --to lora-kohya"
         )
     if any(len({lora.ranks[m] for m in lora.alphas if m.startswith(f"{component}.")}) > 1 for component in COMPONENTS):
         # Without the header entry, diffusers' `get_peft_kwargs` takes the first rank as alpha of all modules.
         warnings.append(
-            "warning: the rank differs by module, so diffusers before 0.34 applies wrong strengths; "
+            f"{WARNING}the rank differs by module, so diffusers before 0.34 applies wrong strengths; "
             "use a newer version, or merge the LoRA into a model with --merge"
         )
     return warnings
@@ -88,7 +89,7 @@ def _kohya_warnings(lora: LoraFile) -> list[str]:
     if lora.alphas.keys() & {"unet.conv_in", "unet.conv_out"}:
         # It takes the underscore of these names for a dot. All other convolutions are read exactly (`bench/clients.py`).
         warnings.append(
-            "warning: diffusers 0.24 cannot load conv_in and conv_out with kohya's names; use a newer version, or merge the "
+            f"{WARNING}diffusers 0.24 cannot load conv_in and conv_out with kohya's names; use a newer version, or merge the "
             "LoRA into a model with --merge"
         )
     # diffusers' `get_peft_kwargs` stores the less common alphas under names that no attention layer has.
@@ -97,8 +98,8 @@ def _kohya_warnings(lora: LoraFile) -> list[str]:
         if any("attn" in module and alpha != most_common(alphas.values()) for module, alpha in alphas.items()):
             return [
                 *warnings,
-                "warning: alpha differs by module, but diffusers (0.42) applies the most common one to all attention layers if "
-                "names are kohya's; for diffusers, convert with --to lora-peft",
+                f"{WARNING}alpha differs by module, but diffusers (0.42) applies the most common one to all attention layers "
+                "if names are kohya's; for diffusers, convert with --to lora-peft",
             ]
     return warnings
 

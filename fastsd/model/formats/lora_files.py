@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -45,8 +46,6 @@ _KERNEL_SIDES = {  # a convolution's last name -> the side of its kernel
     "proj_in": 1, "proj_out": 1, "conv_shortcut": 1, "conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3,
 }  # fmt: skip
 _ADVICE = "give a plain LoRA for SD1.5's UNet and text encoder"
-
-_MERGE_ADVICE = ", or merge this file into a model with `fastsd convert MODEL OUT --merge FILE`"
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,8 @@ def _parse_names(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple
     """Return a file's naming scheme, and for each tensor name its module and its role in the adapter: "A", "B" or "alpha"."""
     for name in names:
         if unsupported := unsupported_kind(name):
-            advice = f"{_ADVICE}{_MERGE_ADVICE if unsupported in MERGEABLE else ''}"
+            merge = f", or merge this file into a model with `fastsd convert MODEL OUT --merge {quote(str(path))}`"
+            advice = _ADVICE + (merge if unsupported in MERGEABLE else "")
             raise UserError("lora-unsupported", f"{path}: contains {unsupported} ({name}); {advice}")
 
     kinds = dict.fromkeys(kind_of(name) for name in names if not name.endswith(".alpha"))

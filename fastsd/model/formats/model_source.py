@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from fastsd.errors import UserError
@@ -202,9 +203,9 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
         if path.suffix == ".safetensors" or (pickled and path.suffix in PICKLED):
             return path
         if path.suffix in PICKLED:
-            raise UserError(
-                "source-pickled", f"{field} is {name!r}, which is pickled; run `fastsd convert {name} OUT` and give OUT"
-            )
+            safe = path.with_suffix(".safetensors")
+            advice = f"run `fastsd convert {quote(str(path))} {quote(str(safe))}` and give {safe}"
+            raise UserError("source-pickled", f"{field} is {name!r}, which is pickled; {advice}")
         raise UserError(
             "source-ending", f"{field} is {name!r}, which is not a .safetensors file; give one, a diffusers folder or a hub id"
         )
@@ -254,7 +255,7 @@ def read_component(folder: Path, component: str, notes: list[str] | None = None,
     config = read_json(folder / "config.json")
     if component == "text_encoder" and isinstance(config.get("text_config"), dict):  # the config of a whole CLIP
         config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config["text_config"]}
-    files = _weight_files(folder, pickled=pickled)
+    files = _weight_files(folder, base, pickled=pickled)
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
     weights = files[0]
     tensors = _open_shards(weights, notes) if weights.suffix == ".json" else _open_tensors(weights, notes)
@@ -300,8 +301,8 @@ def _open_tensors(path: Path, notes: list[str]) -> Tensors:
     return dequantize(path, tensors, notes)
 
 
-def _weight_files(folder: Path, *, pickled: bool) -> list[Path]:
-    """Return the file of a component's weights, or the index of its shards followed by the shards."""
+def _weight_files(folder: Path, base: Path, *, pickled: bool) -> list[Path]:
+    """Return the file of the weights of a component of `base`, or the index of its shards followed by the shards."""
     for ending in (".safetensors", ".bin") if pickled else (".safetensors",):
         for variant in _VARIANTS:
             for stem in _STEMS[ending]:
@@ -312,9 +313,9 @@ def _weight_files(folder: Path, *, pickled: bool) -> list[Path]:
                     return [index, *_shards(index)]
     names = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
     if names:
-        raise UserError(
-            "only-pickled-weights", f"{folder}: has only pickled weights ({names[0]}); run `fastsd convert` and use its output"
-        )
+        safe = f"{base.name}-safetensors"
+        advice = f"run `fastsd convert {quote(str(base))} {quote(safe)}` and give {safe}"
+        raise UserError("only-pickled-weights", f"{folder}: has only pickled weights ({names[0]}); {advice}")
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS[".safetensors"])
     raise UserError("no-weights", f"{folder}: no weights found; expected one of {expected}")
 

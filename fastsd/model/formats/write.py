@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastsd.console import WARNING
 from fastsd.errors import UserError
 from fastsd.model.formats import fold_vae as folding
 from fastsd.model.formats.model_source import PICKLED, ModelSource
@@ -177,7 +178,7 @@ def write_single_file(
             components["vae"] = replace(vae, config=config, tensors=folded)
             notes.append(f"{label} folded into its 1x1 convolutions, because single-file loaders assume 0.18215")
         else:
-            notes.append(f"warning: {label} not folded; tools that assume 0.18215 will show wrong colours")
+            notes.append(f"{WARNING}{label} not folded; tools that assume 0.18215 will show wrong colours")
 
     tensors: dict[str, torch.Tensor | Stored] = {}
     for name in ("unet", "vae", "text_encoder"):

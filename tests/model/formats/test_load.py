@@ -201,12 +201,13 @@ def test_a_text_encoder_beside_the_tokenizer_is_used_only_if_the_base_has_none(t
     with_own = load_model(ModelTable(base=str(path), tokenizer=tokenizer))
     assert_same({"text": state_dicts(model)["text"]}, {"text": state_dicts(with_own)["text"]})
     tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("cond_stage_model.")}
-    write_safetensors(tmp_path / "no-text.safetensors", tensors)
-    without = load_model(ModelTable(base=str(tmp_path / "no-text.safetensors"), tokenizer=tokenizer))
+    base = "no-text.safetensors"
+    write_safetensors(tmp_path / base, tensors)
+    without = load_model(ModelTable(base=str(tmp_path / base), tokenizer=tokenizer))
     assert_same({"text": state_dicts(other)["text"]}, {"text": state_dicts(without)["text"]})
     assert_same({"unet": state_dicts(model)["unet"]}, {"unet": state_dicts(without)["unet"]})
     assert not with_own.notes
-    assert says("\n".join(without.notes), "text-encoder-from-2", folder=tmp_path / "other", file="no-text.safetensors")
+    assert any(says(note, "text-encoder-from-2", folder=tmp_path / "other", file=base) for note in without.notes)
 
 
 def test_the_prediction_of_the_base_can_be_changed_with_a_note(tiny_model):

@@ -15,7 +15,7 @@ from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats.load import load_model
 from fastsd.model.formats.lora_convert import convert_lora
 from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, fold_alpha, peft_config, read_lora, write_kohya, write_peft
-from fastsd.model.formats.lora_names import kohya_module, kohya_name, parse_name
+from fastsd.model.formats.lora_names import MERGEABLE, kohya_module, kohya_name, parse_name
 from fastsd.model.formats.lora_weights import load_lora, write_lora
 from fastsd.model.formats.original_names import original_names
 from fastsd.model.lora import add_lora, merge_lora
@@ -391,7 +391,7 @@ def peft(change):
     return make
 
 
-ones, UNSUPPORTED, MERGE = torch.ones, "lora-unsupported", LINES["merge-this-file"]
+ones, UNSUPPORTED = torch.ones, "lora-unsupported"
 TUCKER = "Tucker-decomposed weights"
 FILES = "pytorch_lora_weights.safetensors nor adapter_model.safetensors"
 
@@ -411,14 +411,12 @@ BROKEN = {
         renamed("transformer_blocks_0", "transformer_blocks_3"), UNSUPPORTED, unsupported="SDXL weights", merge=""
     ),
     "Flux": case(renamed("mid_block_attentions_0", "double_blocks_0_img"), UNSUPPORTED, unsupported="Flux or SD3 weights"),
-    "LoHa": case(renamed("lora_up.weight", "hada_w1_a"), UNSUPPORTED, unsupported="LoHa weights", merge=MERGE),
-    "LoKr": case(renamed("lora_up.weight", "lokr_w1"), UNSUPPORTED, unsupported="LoKr weights", merge=MERGE),
+    "LoHa": case(renamed("lora_up.weight", "hada_w1_a"), UNSUPPORTED, unsupported="LoHa weights"),
+    "LoKr": case(renamed("lora_up.weight", "lokr_w1"), UNSUPPORTED, unsupported="LoKr weights"),
     "OFT": case(renamed("lora_up.weight", "oft_blocks"), UNSUPPORTED, unsupported="OFT weights"),
-    "DoRA": case(kohya(k__dora_scale=ones(8, 1)), UNSUPPORTED, unsupported="DoRA weights", merge=MERGE),
-    "LoCon": case(
-        renamed("conv2.lora_up", "conv2.lora_mid"), UNSUPPORTED, unsupported="Tucker-decomposed weights", merge=MERGE
-    ),
-    "a difference": case(renamed("lora_up.weight", "diff"), UNSUPPORTED, unsupported="full weight differences", merge=MERGE),
+    "DoRA": case(kohya(k__dora_scale=ones(8, 1)), UNSUPPORTED, unsupported="DoRA weights"),
+    "LoCon": case(renamed("conv2.lora_up", "conv2.lora_mid"), UNSUPPORTED, unsupported="Tucker-decomposed weights"),
+    "a difference": case(renamed("lora_up.weight", "diff"), UNSUPPORTED, unsupported="full weight differences"),
     "ControlNet": case(only("lora_controlnet"), UNSUPPORTED, unsupported="ControlNet weights"),
     "a model": case(only("model.diffusion_model.out.2.weight"), UNSUPPORTED, unsupported="weights of a full model"),
     "a VAE": case(only("encoder.conv_in.weight"), "lora-unknown-name", name="encoder.conv_in.weight"),
@@ -456,6 +454,8 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, make, code, fields):
     make(path)
     with refused(code, **fields) as error:
         convert_lora(path, out, "lora-peft")
+    mergeable = fields.get("unsupported") in MERGEABLE
+    assert mergeable == says(str(error.value), "merge-this-file", file=path)
     assert str(path) in str(error.value) and "\n" not in str(error.value) and "; " in str(error.value)
     assert set(tmp_path.iterdir()) <= {path}
 

@@ -21,7 +21,7 @@ from environment import ROOT
 from model_files import single_file
 from pydantic import BaseModel, TypeAdapter
 from safetensors.torch import load_file
-from sentences import ERRORS, LINES
+from sentences import SENTENCES
 from tiny import job, make_tiny_model, tiny_vae, write_images
 
 from fastsd.commands.cache import cache as build
@@ -134,6 +134,11 @@ def parse(words: list[str]) -> None:
     assert {word for word in words if word.startswith("--")} <= options, words
 
 
+def test_every_page_is_read():
+    pages = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.md") if not path.is_relative_to(ROOT / "tests")]
+    assert {page for page in pages if page[0] != "."} == {*DOCUMENTS, "LOG.md"}
+
+
 def test_every_block_is_of_a_known_kind():
     kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
     assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 20, "toml": 5, "python": 2}
@@ -204,8 +209,7 @@ def test_keys_and_values_in_messages_exist():
     by_name = {key.rpartition(".")[2]: field for key, field in fields.items()}
     tables = "model|data|cache|sample|validate|log|export|stage"
     for text in [
-        *ERRORS.values(),
-        *LINES.values(),
+        *SENTENCES.values(),
         *(text for text in printed_texts() if " " in text and "\n" not in text and not SQL.search(text)),
     ]:
         for key in re.findall(rf"(?<![\w./`-])((?:{tables})(?:\.[a-z_]+)+)\b(?![(/])", text):
@@ -307,10 +311,42 @@ def test_commands_of_the_pages_run_in_their_order(world, monkeypatch, capsys):
         assert Path(path).exists(), path
 
 
+def message_commands() -> list[list[str]]:
+    spans = {" ".join(span.split()) for text in printed_texts() for span in re.findall(r"`fastsd ([^`]+)`", text)}
+    return list(map(shlex.split, sorted(spans)))
+
+
+def test_commands_in_messages_have_the_config_as_it_was_given():
+    """CONFIG becomes the path, overrides and precision of the command line, quoted for a shell."""
+    from fastsd import cli
+
+    group, console = typer.main.get_command(cli.app), Console(file=StringIO())
+    words = ["my configs/it's.toml", 'stage.0.train=["unet", "text_encoder"]', "run=a b"]
+    console.name_config(words, "bf16")
+    messages = [message for message in message_commands() if "CONFIG" in message]
+    assert {message[0] for message in messages} >= {"cache", "plan", "train"}
+    for name, *others in ([word for word in message if word != "..."] for message in messages):
+        (command,) = re.findall("`(.*)`", console.copyable(f"run `{shlex.join(['fastsd', name, *others])}` first"))
+        context = group.commands[name].make_context(name, shlex.split(command)[2:])
+        assert context.params["config"] == Path(words[0])
+        overrides = context.params["values" if name == "sweep" else "overrides"]
+        assert overrides == words[1:] + [word for word in others if "=" in word]
+        assert context.params.get("precision") in (["bf16"] if name != "cache" else [None])
+    # A command is not named without the config that it needs.
+    bare = [name for text in printed_texts() for name in re.findall(r"\b(?:run|with|that) `fastsd ([a-z-]+)`", text)]
+    takes_config = {name for name, command in group.commands.items() if "config" in [p.name for p in command.params]}
+    assert not takes_config & set(bare)
+
+
 ADVICE = {
     "CONFIG": "configs/xlsd.toml", "RUN": "runs/advice", "RUN/set-aside-1": "runs/advice/set-aside-1",
     "FOLDER": "runs/advice/model", "MODEL": "models/tiny", "FILE": "style.safetensors", "X": "models/tiny",
-    "key=a,b,c": "seed=1,2", "model.vae=XX": "model.vae=sdxl-vae",
+    "key=a,b,c": "seed=1,2", "model.vae=XX": "model.vae=sdxl-vae", "VAE": "sdxl-vae",
+}  # fmt: skip
+VALUES = {  # of what varies in commands with several such words
+    "convert X X": ["models/tiny", "OUT"], "convert MODEL OUT --merge X": ["style.safetensors"],
+    "swap-vae X X OUT": ["models/tiny", "sdxl-vae"], "check X": ["configs/xlsd.toml"],
+    "train CONFIG --from X": ["step-00000001"],
 }  # fmt: skip
 
 
@@ -318,13 +354,14 @@ ADVICE = {
 def test_commands_in_messages_run(world, monkeypatch, capsys):
     """Each command with arguments that fastsd prints as advice ends without an error."""
     monkeypatch.chdir(world.folder)
-    spans = {" ".join(span.split()) for text in printed_texts() for span in re.findall(r"`fastsd ([^`]+)`", text)}
-    commands = [words for words in map(shlex.split, sorted(spans)) if words[1:] and words[1] in ADVICE]
+    commands = [words for words in message_commands() if words[1:] and words[1] in ADVICE]
     commands = [words for words in commands if f"fastsd {words[0]}" not in NOT_RUN]
     assert len(commands) >= 10
     run = ["run=runs/advice", "stage.checkpoint_every=1"]
-    first = (["cache", "CONFIG"], ["train", "CONFIG", *run], ["train", "CONFIG", *run, "--from", "step-00000001"])
+    first = (["cache", "CONFIG"], ["train", "CONFIG", *run], ["train", "CONFIG", "--from", "X"])
     for number, words in enumerate([*first, *commands]):
+        values = iter(VALUES.get(" ".join(words), []))
+        words = [next(values, word) if word == "X" else word for word in words] + run * ("--from" in words)
         names = ADVICE | {"OUT": f"advice-{number}", "OUT.safetensors": f"advice-{number}.safetensors"}
         line = [names.get(word, word) for word in words if word != "..."]
         code, out, err = fastsd(*line, monkeypatch=monkeypatch, capsys=capsys)
