@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from stand_in_graphs import Event, Gpu, Graph, Pool, Stream, tensors_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastsd.bench.counters import COPY, kind_of_wait
 from fastsd.train import device as devices
@@ -65,7 +65,6 @@ _HOST_READS = {Tensor.numpy, Tensor.__array__}
 class _Thread(threading.local):
     """State of one thread."""
 
-    is_active = True  # False while a graph is replayed
     target: Any = _AS_BEFORE  # of the function that runs: the number of a GPU, or None for main memory
 
 
@@ -146,16 +145,16 @@ class StandIn:
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
-        was_active, self.thread.is_active = self.thread.is_active, False
-        try:
-            with torch._C.DisableTorchFunction():
-                yield
-        finally:
-            self.thread.is_active = was_active
+        """Run operations as PyTorch does, without any dispatch mode: a mode that only passes them on takes most of the time."""
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            yield
 
     def place(self, tensor: Tensor) -> int | None:
         """Return the number of a tensor's GPU, or None if it is in main memory or has no data."""
-        return next((i for i, gpu in enumerate(self.gpus) if tensor in gpu.live), None)
+        for i, gpu in enumerate(self.gpus):  # faster than a generator, for every operand of every operation
+            if tensor in gpu.live:
+                return i
+        return None
 
     def device_of(self, tensor: Tensor) -> torch.device:
         place = self.place(tensor)
@@ -361,9 +360,11 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.stand_in = stand_in
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise, PyTorch imports its compiler, which takes over a second, and calls this through it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.stand_in.thread.is_active:
-            return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():  # backward calls this with the function mode active
             return self.stand_in.operation(func, args, kwargs or {})
 

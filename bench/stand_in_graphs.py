@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastsd.train.memory import LiveBytes
 
@@ -117,7 +117,7 @@ class Graph:
     stand_in: StandIn
 
     def __init__(self) -> None:
-        self.operations: list[tuple[Any, list[Any], Any, list[int | None]]] = []
+        self.operations: list[tuple[Any, Any, list[int | None]]] = []
         self.storages: list[weakref.ref[torch.UntypedStorage]] = []
         self.numbers: dict[int, int] = {}  # address of a storage -> its number
         self.allocated: set[int] = set()  # numbers of the storages from the pool
@@ -133,25 +133,24 @@ class Graph:
             self.storages.append(weakref.ref(storage))
         return self.numbers[storage._cdata]
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
-        """Prepare the record of an operation, and save what it overwrites."""
+    def before(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the arguments of an operation for its record, and save what it overwrites."""
         for tensor in _written(func, args, kwargs):
             number = self.number(tensor)
             if number not in self.allocated and number not in self.overwritten:
                 self.overwritten[number] = _bytes(tensor.untyped_storage()).clone()
-        leaves, spec = tree_flatten((args, kwargs))
-        return [self._recorded(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+        return _with_replaced((args, kwargs), Tensor, self._recorded)
 
     def _recorded(self, tensor: Tensor) -> Any:
         if self.stand_in.place(tensor) is None:  # a launch copies a scalar of the host; pinned memory is read by the replay
             return tensor.clone() if tensor.dim() == 0 else tensor
         return _View(self.number(tensor), tensor)
 
-    def after(self, func: Any, inputs: tuple[list[Any], Any], results: list[Tensor], new: list[Tensor]) -> None:
+    def after(self, func: Any, inputs: Any, results: list[Tensor], new: list[Tensor]) -> None:
         numbers = [self.number(tensor, allocated=True) if tensor in new else None for tensor in results]
         self.allocated.update(number for number in numbers if number is not None)
         if not func.is_view:
-            self.operations.append((func, *inputs, numbers))
+            self.operations.append((func, inputs, numbers))
 
     def end(self) -> None:
         """Undo what the operations did, because a capture executes nothing."""
@@ -176,8 +175,8 @@ class Graph:
             return view.tensor(temporary[view.number] if view.number in temporary else self._storage(view.number))
 
         with self.stand_in.inactive(), torch.no_grad():
-            for func, leaves, spec, numbers in self.operations:
-                args, kwargs = tree_unflatten([tensor(leaf) if isinstance(leaf, _View) else leaf for leaf in leaves], spec)
+            for func, inputs, numbers in self.operations:
+                args, kwargs = _with_replaced(inputs, _View, tensor)
                 for result, number in zip(tensors_of(func(*args, **kwargs)), numbers, strict=True):
                     if number is not None:
                         storage = self.storages[number]()
@@ -197,8 +196,24 @@ def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors in the arguments or results of an operation. It is faster than PyTorch's pytree."""
     if isinstance(tree, Tensor):
         return [tree]
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors_of(item)]
+    tensors = []
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            tensors += tensors_of(item)
+    return tensors
+
+
+def _with_replaced(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return the arguments of an operation with `function(leaf)` for every leaf of a kind."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_with_replaced(item, kind, function) for item in tree])
+    if isinstance(tree, dict):
+        return {key: _with_replaced(item, kind, function) for key, item in tree.items()}
+    return tree
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
