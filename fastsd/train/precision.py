@@ -8,7 +8,7 @@ Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
 
 IEEE fp32 says how products are computed, not in which order they are summed.  For fp32, cuDNN's first choices on a 3090 or
 4090 are mostly Winograd algorithms (none on a 5090): they transform tiles with additions, so their error is larger than that
-of a direct sum, and they take up to 0.7 GB of workspace at 32 images.  `bench/gpu.py` measures both.  Without enough memory
+of a direct sum, and they take up to 0.7 GiB of workspace at 32 images.  `bench/gpu.py` measures both.  Without enough memory
 for it, cuDNN takes another algorithm with other bits, without an error.  `step.py` treats that as out of memory.
 """
 
