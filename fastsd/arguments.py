@@ -203,7 +203,8 @@ InitBase = Annotated[
 InitVae = Annotated[str, Option("--vae", metavar="VAE", help="New VAE: folder, file or hub id (default for vae: SDXL's).")]
 InitImages = Annotated[str, Option("--images", metavar="FOLDER", help="Folder of images with captions, or a .tar.")]
 InitCard = Annotated[
-    str, Option("--card", metavar="CARD", help="GPU, or its memory in GiB, such as 4090 or 12 (default: this machine's, or 24).")
+    str,
+    Option("--card", metavar="CARD", help="GPU, or its memory in GiB, such as 4090 or 12 (default: this machine's, or 24)."),
 ]
 InitPrecision = Annotated[Precision | None, Option("--precision", help="Compute precision (default: bf16).")]
 InitUntil = Annotated[str, Option("--until", metavar="N", help="Length: steps, 2e (epochs) or 12h (default: by the goal).")]
