@@ -125,6 +125,16 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dq", 256, "fp16x3", 0): AttentionTile(32, 16, 8, 1, 16, hold=False),
     ("dk", 256, "fp16x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
     ("dv", 256, "fp16x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
+    # sm_90: wgmma reads its right operand from shared memory, which leaves registers for longer tiles and slices.
+    ("forward", 48, "fp16x3", 90): AttentionTile(64, 32, 4, 3, 32),
+    ("dq", 48, "fp16x3", 90): AttentionTile(64, 32, 4, 3, 32),
+    ("dkdv", 48, "fp16x3", 90): AttentionTile(32, 64, 4, 3, 32),
+    ("forward", 96, "fp16x3", 90): AttentionTile(64, 32, 4, 3, 32),
+    ("dq", 96, "fp16x3", 90): AttentionTile(64, 32, 4, 3, 32),
+    ("dkdv", 96, "fp16x3", 90): AttentionTile(32, 64, 4, 3, 32),
+    ("forward", 160, "fp16x3", 90): AttentionTile(64, 32, 4, 1, 32),
+    ("dk", 160, "fp16x3", 90): AttentionTile(16, 64, 4, 1, 32),
+    ("dv", 160, "fp16x3", 90): AttentionTile(32, 64, 4, 2, 32),
     # ieee: a thread holds one slice of its rows of one operand and of its columns of the other. If it computes 16 numbers of
     # the result, it does about five multiply-adds per load from shared memory. With more it spills, with fewer it waits: so it
     # does on 8 columns of dq, dk and dv.

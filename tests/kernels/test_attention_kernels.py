@@ -77,6 +77,14 @@ def test_kinds_of_the_workload(n, keys, d, mode):
     check(f"{n}x{keys} d{d}", make(1, n, keys, 1, d, mode), mode)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the tiles of its own architecture")
+@pytest.mark.parametrize("mode", ["bf16", "tf32", "fp16x3"])
+@pytest.mark.parametrize("d", [40, 80, 160])
+def test_tiles_for_wgmma(monkeypatch, d, mode):
+    monkeypatch.setattr(attention_tiles, "architecture", lambda device: 90)
+    check(f"70x77 d{d}, sm_90", make(1, 70, 77, 1, d, mode), mode)
+
+
 @pytest.mark.parametrize("mode", ["bf16", "ieee"])
 @pytest.mark.parametrize(
     "n, keys, d",
