@@ -26,6 +26,7 @@ from fastsd.data.tokens import Tokens
 from fastsd.errors import Stopped, UserError
 from fastsd.model.formats.adapters import MADE_BY, load_merged
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
+from fastsd.model.shapes import read_shapes
 from fastsd.model.vae import Vae
 from fastsd.run.compilation import compile_kernels, kernels_of
 from fastsd.run.launches import encoder_launches
@@ -51,6 +52,10 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     ops = choose_ops(config.kernels, device)
     vae = load_vae(config.model, ops=ops).to(device, COMPUTE_DTYPE[config.cache.precision])
     vae_name = config.model.vae or config.model.base
+    unet_step = 1
+    with suppress(UserError):  # a base that cannot be trained is no problem here
+        unet_step = read_shapes(config.model)[0].unet.downscale
+    build.check_resolution(config, vae.downscale, vae.downscale * unet_step)
     scaling = f"scaling factor {vae.scaling_factor:g}"
     console.echo(f"VAE {vae_name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
     try:

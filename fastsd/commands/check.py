@@ -103,9 +103,10 @@ def _images(config: Config, images_per_epoch: list[int], notes: list[str], warni
 def _model(config: Config, models: list[Model]) -> str:
     model = load_to_train(config.model, seed=config.seed)
     models.append(model)
-    build.check_resolution(config, model.vae.downscale)
+    step = model.vae.downscale * model.unet.cfg.downscale
+    build.check_resolution(config, model.vae.downscale, step)
     if not config.data.buckets:  # bucket sides may be odd in latents: the UNet upsamples to its skip connections' sizes
-        build.check_resolution(config, model.vae.downscale * model.unet.cfg.downscale, "UNet")
+        build.check_resolution(config, step, component="UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE scaling factor {model.vae.scaling_factor:g}"
 

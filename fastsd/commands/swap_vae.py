@@ -240,7 +240,7 @@ def _encode(
     resolution = resolution or model.unet.cfg.sample_size * base.downscale
     step = base.downscale * model.unet.cfg.downscale
     if resolution % step:
-        near = max(resolution // step, 1) * step
+        near = max((resolution + step // 2) // step, 1) * step
         raise UserError("swap-resolution", f"--resolution is {resolution}, not a multiple of {step}; use {near}")
 
     buckets, rejected = Buckets(resolution, None), Counter[str]()

@@ -49,7 +49,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     table = config.validate_
     if not (table.held_out or table.stabilised):
         raise UserError(
-            "validate-nothing", "validate.held_out and validate.stabilised are both 0; add for example validate.stabilised=256"
+            "validate-nothing", "validate.held_out and validate.stabilised are both 0; add for example validate.stabilised=16"
         )
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(

@@ -86,16 +86,26 @@ class BucketTable(Table):
     no_upscale: bool = False  # never enlarge images: small images get buckets of their own size
 
     @model_validator(mode="after")
-    def _check_sides(self) -> BucketTable:
+    def _check_order(self) -> BucketTable:
         if self.min > self.max:
             raise ValueError(f"min is {self.min}, above max {self.max}; lower min or raise max")
-        if self.min % self.step:
-            below = max(self.min // self.step, 1) * self.step
-            raise ValueError(f"min is {self.min}, not a multiple of step {self.step}; use {below}")
-        if self.max % self.step:
-            above = -(-self.max // self.step) * self.step
-            raise ValueError(f"max is {self.max}, not a multiple of step {self.step}; use {above}")
         return self
+
+
+def _check_sides(buckets: BucketTable, resolution: int) -> None:
+    """Raise ValueError unless the sides of the buckets are multiples of their step and enclose the resolution."""
+    step, reasons, advice = buckets.step, [], []
+    if step > min(buckets.min, resolution):
+        limit = "buckets.min" if buckets.min < resolution else "resolution"
+        raise ValueError(f"buckets.step is {step}, above {limit} {min(buckets.min, resolution)}; lower it")
+    low, high = min(buckets.min, resolution) // step * step, -(-max(buckets.max, resolution) // step) * step
+    for key, side, usable in (("min", buckets.min, low), ("max", buckets.max, high)):
+        if side != usable:
+            beyond = f"above resolution {resolution}" if key == "min" else f"below resolution {resolution}"
+            reasons.append(f"buckets.{key} is {side}, {f'not a multiple of step {step}' if side % step else beyond}")
+            advice.append(f"buckets.{key} = {usable}")
+    if reasons:
+        raise ValueError(f"{', and '.join(reasons)}; use {' and '.join(advice)}")
 
 
 class DataTable(Table):
@@ -141,10 +151,8 @@ class DataTable(Table):
             raise ValueError(f"latents is {self.latents!r}, images cropped by another trainer; remove {option}")
         if self.latents.startswith("img") and self.flip:
             raise ValueError(f"flip is true and {self.latents} files have no mirrored latents; remove flip")
-        if self.buckets and self.buckets.min > self.resolution:
-            raise ValueError(f"buckets.min is {self.buckets.min}, above resolution {self.resolution}; lower it")
-        if self.buckets and self.buckets.max < self.resolution:
-            raise ValueError(f"buckets.max is {self.buckets.max}, below resolution {self.resolution}; raise it")
+        if self.buckets:
+            _check_sides(self.buckets, self.resolution)
         for root in self.roots:
             if root.weight is not None and root.repeats != 1:
                 raise ValueError(f"folder {root.path} has repeats and weight; remove one of them")
@@ -306,7 +314,7 @@ class Config(Table):
         if self.validate_.held_out or self.validate_.stabilised:
             parse_amount("validate.every", self.validate_.every)
         elif self.validate_.every != ValidateTable().every:
-            raise ValueError("validate.every is set, but held_out and stabilised are 0; set validate.held_out, for example 256")
+            raise ValueError("validate.every is set, but held_out and stabilised are 0; set validate.held_out, for example 16")
         return self
 
     @model_validator(mode="after")

@@ -197,7 +197,8 @@ class StageTable(Table):
         if self.fused_backward and self.canary_every:
             raise ValueError("canary_every is set and fused_backward is true, which keeps no gradients; remove one of them")
         if self.batch % self.micro_batch_size:
-            raise ValueError(f"micro_batch is {self.micro_batch}, not a divisor of batch {self.batch}; use a divisor")
+            divisor = max(n for n in range(1, min(self.micro_batch_size, self.batch) + 1) if self.batch % n == 0)
+            raise ValueError(f"micro_batch is {self.micro_batch}, not a divisor of batch {self.batch}; use {divisor}")
 
         if self.betas and not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas is {list(self.betas)}; use two numbers of at least 0 and below 1")

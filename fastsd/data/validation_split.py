@@ -158,6 +158,10 @@ def _keys(identity_N: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(keys)
 
 
+def _lower_too(stabilised: int, limit: int) -> str:
+    return f", and validate.stabilised to {limit} or below" if stabilised > limit else ""
+
+
 def _check_sizes(added: dict[str, int], kept: int, images: int) -> None:
     """Check that `images` distinct images suffice for the images to add. `kept` stabilised images are there already."""
     half, limit = images // 2, images - added["held_out"] + kept
@@ -165,7 +169,7 @@ def _check_sizes(added: dict[str, int], kept: int, images: int) -> None:
         raise UserError(
             "held-out-size",
             f"validate.held_out is {added['held_out']}, more than half of the {images} distinct images; lower it to {half} "
-            "or below",
+            f"or below{_lower_too(added['stabilised'] + kept, images - half + kept)}",
         )
     if added["stabilised"] + kept > limit:
         raise UserError(

@@ -54,7 +54,7 @@ class Shapes:
         downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
         step = downscale * self.unet.downscale
         if resolution % step:
-            usable = max(resolution // step, 1) * step
+            usable = max((resolution + step // 2) // step, 1) * step
             raise UserError(
                 "model-resolution", f"data.resolution is {resolution}, but this UNet needs a multiple of {step}; use {usable}"
             )

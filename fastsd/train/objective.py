@@ -202,6 +202,6 @@ def _timestep_range(stage: StageTable, timesteps: int) -> tuple[int, int]:
         raise UserError(
             "timestep-range",
             f"{prefix}timestep_range is {[first, end]}, but the model's noise schedule has {timesteps} timesteps; "
-            f"end at {timesteps} or lower",
+            f"use [{min(first, timesteps - 1)}, {timesteps}]",
         )
     return first, end

@@ -146,7 +146,7 @@ def test_bad_input_gets_one_sentence(tmp_path, tiny_model, vaes, images, monkeyp
     assert_refused("swap-unknown-fit", tiny_model, other, out, "--fit", "best", fit="'best'")
     assert_refused("swap-fit-needs-images", tiny_model, other, out, "--fit", "kernel", fit="'kernel'")
     with_images = (tiny_model, other, out, "--images", images)
-    assert_refused("swap-resolution", *with_images, "--resolution", "30", step=4, near=28)
+    assert_refused("swap-resolution", *with_images, "--resolution", "30", step=4, near=32)
     assert_refused("swap-few-positions", *with_images, "--resolution", "4", "--limit", "8", positions=24, minimum=37)
     assert_refused("swap-precision", tiny_model, other, out, "--precision", "tf32", precision="'tf32'")
     assert_refused("swap-scaling-factor", tiny_model, other, out, "--vae-scaling-factor", "0", factor=0)

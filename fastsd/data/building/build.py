@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastsd.config.schema import Config
+from fastsd.config.schema import BucketTable, Config
 from fastsd.data import cache
 from fastsd.data.building import collect, lists, mask_cells
 from fastsd.data.building.pipeline import CacheProgress, LatentEncoder, Pipeline
@@ -84,16 +84,34 @@ def build_cache(
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
 
 
-def check_resolution(config: Config, downscale: int, component: str = "VAE") -> None:
-    """Raise UserError unless `downscale` divides the step of the buckets or, without buckets, the resolution."""
+def check_resolution(config: Config, downscale: int, step: int = 0, component: str = "VAE") -> None:
+    """Raise UserError unless `downscale` divides the step of the buckets or, without buckets, the resolution.
+
+    The message names values that all rules allow: multiples of `step`, which the UNet needs of squares (0 = `downscale`), and
+    steps that divide the sides of the buckets.
+    """
     data = config.data
     field, size = ("buckets.step", data.buckets.step) if data.buckets else ("resolution", data.resolution)
     if size % downscale and not data.latents:  # imported latents have any size
-        low = size // downscale * downscale
-        near = " or ".join(str(size) for size in (low, low + downscale) if size)
+        step = max(step, downscale)
+        usable = [size // step * step, (size // step + 1) * step]
+        near = " or ".join(str(multiple) for multiple in usable if multiple)
+        if data.buckets:
+            near = _usable_buckets(data.buckets, downscale)
         raise UserError(
             "cache-resolution", f"data.{field} is {size}, but the {component} needs a multiple of {downscale}; use {near}"
         )
+
+
+def _usable_buckets(buckets: BucketTable, downscale: int) -> str:
+    """Return the step nearest to that of the buckets which is a multiple of `downscale`, and the sides that fit it."""
+    low, high, step = buckets.min, buckets.max, buckets.step
+    common = [n for n in range(downscale, low + 1, downscale) if low % n == 0 and high % n == 0]
+    if common:
+        return str(min(common, key=lambda n: abs(n - step)))
+    step = max(step // downscale, 1) * downscale
+    low = max(low // step, 1) * step
+    return f"{step} with buckets.min = {low} and buckets.max = {max(-(-high // step) * step, low)}"
 
 
 class _Build:
