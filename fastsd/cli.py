@@ -24,7 +24,7 @@ app = typer.Typer(
     help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
     epilog=examples(
         "demo                                the whole story in miniature",
-        "init                                write a config for your images and card",
+        "init                                write a config for your job",
         "plan configs/xlsd.toml --card 4090  memory, speed and disk space",
         "train configs/xlsd.toml             train; the same command resumes",
         "train --help                        options and examples of a command",
