@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option, core
+
+INSTANT = {"config"}  # commands that import nothing that takes long
 
 
 class Precision(StrEnum):
@@ -50,7 +55,13 @@ def path(value: str) -> Path:
 
 
 class Commands(core.TyperGroup):
-    """The commands. A stop signal ends a command that does not handle it with one line."""
+    """The commands. Each says at once that it starts. A stop signal ends one that does not handle it with one line."""
+
+    def __init__(self, *, commands: Any, **options: Any) -> None:
+        for name, command in commands.items():
+            if name not in INSTANT:
+                command.callback = _with_first_line(name, command.params[0].name, command.callback)
+        super().__init__(commands=commands, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -58,6 +69,24 @@ class Commands(core.TyperGroup):
         except KeyboardInterrupt:
             print(f"fastsd: {ctx.invoked_subcommand} stopped", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command that writes a line to stderr before the seconds in which it imports PyTorch.
+
+    Args:
+        subject: the parameter that the line names, the command's first.
+    """
+
+    @wraps(callback)
+    def run(**values: Any) -> Any:
+        value = values[subject] or ""
+        words = [name, *map(str, value if isinstance(value, list) else [value])]
+        with suppress(OSError):  # nobody may be able to see it
+            print(f"{' '.join(words).strip()}: loading PyTorch", file=sys.stderr, flush=True)
+        return callback(**values)
+
+    return run
 
 
 def examples(*commands: str) -> str:

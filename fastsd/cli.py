@@ -401,10 +401,11 @@ def main() -> None:
     # When imported, diffusers and transformers print advice that does not help a user. Errors are still raised.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    from fastsd.console import shown
     from fastsd.run.signals import signals_of_commands
 
     try:
-        with signals_of_commands():
+        with signals_of_commands(), shown():
             app()
     except UserError as error:
         from fastsd.console import STDOUT, fit

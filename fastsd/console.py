@@ -1,15 +1,29 @@
-"""Output of commands."""
+"""Output of commands, and the progress of long work.
+
+Progress is one line that is rewritten on a terminal, otherwise a line on stderr every few seconds. The command line shows it
+(`shown`). A program that uses fastsd as a library sees nothing. Work that contains other work is shown before it, in one line:
+"models 2/8 | denoising 12/25 steps | ETA 0:01:40".
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from textwrap import wrap
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import rich.console
+from rich.cells import set_cell_size
+
+T = TypeVar("T")
+PLAIN_SECONDS = 10.0  # between lines if the output is no terminal
+SOON = 1.0  # seconds until work is shown there for the first time
+_REFRESH = 0.1  # seconds between updates on a terminal
 
 # Our own signs in terminals whose encoding has too few characters.
 _PLAIN = str.maketrans({"±": "+-", "×": "x", "≈": "~", "—": "-", "…": "...", "·": "*"})
@@ -82,6 +96,14 @@ class Console(rich.console.Console):
     def file(self, new_file: IO[str]) -> None:
         self._file = new_file
 
+    def out(self, *args: Any, **kwargs: Any) -> None:
+        with _without_progress():
+            super().out(*args, **kwargs)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        with _without_progress():
+            super().print(*args, **kwargs)
+
     def echo(self, text: str) -> None:
         style = "bold yellow" if text.startswith(WARNING) else None
         self.out(self._fit(self.copyable(text)), style=style, highlight=False)
@@ -120,3 +142,168 @@ class Console(rich.console.Console):
 
 
 STDOUT = Console()
+_display: _Display | None = None
+_lock = threading.RLock()  # of the progress line
+
+
+class Work:
+    """Work in progress.
+
+    Attributes:
+        done, total: units that are done, and all; a total of 0 is unknown.
+        note: the speed and what limits it, for the line.
+    """
+
+    def __init__(self, text: str, total: int, unit: str) -> None:
+        self.text, self.total, self.unit = text, total, unit
+        self.done, self.note = 0, ""
+        self._start, self._per_second = time.monotonic(), 0.0
+
+    def add(self, count: int = 1) -> None:
+        """Count more units as done."""
+        self.done += count
+        self._show()
+
+    def set(self, done: int, total: int, per_second: float, note: str) -> None:
+        """Replace the counts and the note, and give the speed, which may not be that since the start."""
+        self.done, self.total, self._per_second, self.note = done, total, per_second, note
+        self._show()
+
+    def seconds_left(self) -> float | None:
+        """Estimate the remaining time. Return None if the total is unknown or nothing is done."""
+        per_second = self._per_second or self.done / max(time.monotonic() - self._start, 1e-9)
+        return (self.total - self.done) / per_second if self.total and per_second else None
+
+    def __str__(self) -> str:
+        if not self.total:
+            return f"{self.text} {self.done} {self.unit}".rstrip() if self.done else self.text
+        if self.unit == "bytes":
+            return f"{self.text} {size_text(self.done)} of {size_text(self.total)}"
+        return f"{self.text} {self.done}/{self.total} {self.unit}".rstrip()
+
+    def _show(self) -> None:
+        if _display and self in _display.works:
+            _display.show()
+
+
+class _Display:
+    """The line of progress. Only the main thread shows its work."""
+
+    def __init__(self, console: Console | None) -> None:
+        if console is None:
+            console = STDOUT if STDOUT.is_terminal else Console(stderr=True)
+        self.console = console
+        self.rewrites = console.is_terminal and not console.is_dumb_terminal
+        self.works: list[Work] = []
+        self._last = self._began = 0.0  # when the line was last written, and the outermost work began
+        self._on_terminal = False  # True while the line stands on the terminal
+        self._was_shown = False  # True once the outermost work has had a plain line
+
+    def begin(self, work: Work) -> None:
+        with _lock:
+            if not self.works:
+                self._was_shown, self._began = False, time.monotonic()
+            self.works.append(work)
+            self.show(now=self.rewrites)
+
+    def end(self, work: Work) -> None:
+        with _lock:
+            if work in self.works:  # after an exception, works may end in any order
+                del self.works[self.works.index(work) :]
+            if not self.works:
+                self.clear()
+
+    def show(self, *, now: bool = False) -> None:
+        """Show the line if there is work and the line is due, or at once."""
+        with _lock:
+            moment = time.monotonic()
+            if self.rewrites:
+                due = moment - self._last >= _REFRESH
+            else:
+                due = moment - self._last >= PLAIN_SECONDS if self._was_shown else moment - self._began >= SOON
+            if self.works and (now or due):
+                self._last, self._was_shown = moment, True
+                self._write(self._line())
+
+    def _line(self) -> str:
+        left = next((left for work in self.works if (left := work.seconds_left()) is not None), None)
+        fields = [*map(str, self.works), self.works[-1].note, "" if left is None else f"ETA {timedelta(seconds=round(left))}"]
+        return " | ".join(field for field in fields if field).replace("\n", " ")
+
+    def _write(self, line: str) -> None:
+        if self.rewrites:
+            self.console.file.write("\r" + set_cell_size(line, self.console.width - 1))
+            self.console.file.flush()
+            self._on_terminal = True
+        else:
+            self.console.echo(line)
+
+    def clear(self) -> None:
+        """Remove the line from the terminal."""
+        if self._on_terminal:
+            self._on_terminal = False
+            self.console.file.write(f"\r{' ' * (self.console.width - 1)}\r")
+            self.console.file.flush()
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Remove the progress line from the terminal, and keep it away inside the block."""
+    with _lock:
+        if _display:
+            _display.clear()
+        yield
+
+
+@contextmanager
+def shown(console: Console | None = None) -> Iterator[None]:
+    """Show the progress of all work in the block.
+
+    Args:
+        console: None = stdout if it is a terminal, otherwise stderr.
+    """
+    global _display
+    outer, display, ended = _display, _Display(console), threading.Event()
+
+    def refresh() -> None:  # also during work that counts nothing
+        while not ended.wait(SOON):
+            display.show()
+
+    thread = threading.Thread(target=refresh, daemon=True)
+    _display = display
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        display.clear()
+        _display = outer
+
+
+@contextmanager
+def work(text: str, total: int = 0, unit: str = "") -> Iterator[Work]:
+    """Show the progress of the block, which counts what is done.
+
+    Args:
+        text: the work, for example "loading unet".
+        total: number of units; 0 = unknown.
+        unit: "bytes", or a name for the units, for example "images".
+    """
+    display = _display if threading.current_thread() is threading.main_thread() else None
+    progress = Work(text, total, unit)
+    if display:
+        display.begin(progress)
+    try:
+        yield progress
+    finally:
+        if display:
+            display.end(progress)
+
+
+def counted(text: str, items: Collection[T], unit: str = "") -> Iterator[T]:
+    """Yield the items, and show how many the loop is done with."""
+    with work(text, len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.add()

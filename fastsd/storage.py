@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastsd.console import work
 from fastsd.errors import UserError
 
 DTYPES = {
@@ -137,11 +138,14 @@ def write_safetensors(
     """
     digest = hashlib.sha256()
     dtypes = {name: dtype if dtype and t.dtype.is_floating_point else t.dtype for name, t in tensors.items()}
-    with named_errors(path), open(path, "wb") as file:
+    size = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items())
+    shown_path = "/".join(name.removeprefix(TEMPORARY) for name in path.parts[-2:])
+    with named_errors(path), open(path, "wb") as file, work(f"writing {shown_path}", size, "bytes") as writing:
 
         def write(data: bytes | memoryview) -> None:
             file.write(data)
             digest.update(data)
+            writing.add(len(data))
 
         write(safetensors_header({name: (dtypes[name], tuple(t.shape)) for name, t in tensors.items()}, metadata))
         for name, tensor in tensors.items():
@@ -271,8 +275,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, work(f"verifying {path}", os.fstat(file.fileno()).st_size, "bytes") as verifying:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            verifying.add(len(block))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

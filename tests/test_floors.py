@@ -148,7 +148,20 @@ def test_files_of_one_name_hold_the_same_kind_of_thing():
 
 
 def test_the_command_line_imports_nothing_heavy():
-    light = {"__future__", "os", "sys", "enum", "pathlib", "typing", "typer", "fastsd.errors", "fastsd.arguments"}
+    light = {
+        "__future__",
+        "collections.abc",
+        "contextlib",
+        "functools",
+        "os",
+        "sys",
+        "enum",
+        "pathlib",
+        "typing",
+        "typer",
+        "fastsd.errors",
+        "fastsd.arguments",
+    }
     for module in ("fastsd.cli", "fastsd.arguments"):
         nodes = [node for node in ast.parse(SOURCES[module]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert set(imports(ast.Module(nodes, []))) <= light

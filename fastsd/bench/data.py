@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsd.bench import counters, timing
 from fastsd.bench.options import BenchOptions, Figures
 from fastsd.config.schema import Config, DataTable
-from fastsd.console import Console
+from fastsd.console import Console, counted
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.store import Store
 from fastsd.data.cache import SHARD_ROWS, CacheMeta, Group, LatentCache, freeze, view_name
@@ -53,7 +53,7 @@ def bench_loader(options: BenchOptions, config: Config, console: Console) -> Fig
     batch = config.stage[0].batch if options.config or options.changed("batch") else 32
     passes = []
     with _loader(config, batch, options) as loader:
-        for i in range(4):
+        for i in counted("timing", range(4), "passes"):
             with loader.stream(i * count * batch, (i + 1) * count * batch, batch) as stream:
                 passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
         row_bytes = loader.cache.get([0])["latents"].nbytes

@@ -34,7 +34,7 @@ from torch import Tensor
 from fastsd.bench import baselines, counters, data, timing
 from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, bench_config, bench_target
 from fastsd.config.optimizers import OPTIMIZERS
-from fastsd.console import STDOUT, Console, size_text
+from fastsd.console import STDOUT, Console, counted, size_text
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.shapes import forward_flops
@@ -257,10 +257,10 @@ def bench_memory(options: BenchOptions, console: Console) -> Figures:
         module.zero_grad()
         rows.append({"name": name, "checkpointing": level, "kept_mb": saved_bytes / images / 1e6, "peak_mb": peak / 1e6})
 
-    for level in ("none", "block"):
+    for level in counted("checkpointing levels of diffusers", ("none", "block")):
         (baseline.enable_gradient_checkpointing if level == "block" else baseline.disable_gradient_checkpointing)()
         measure("diffusers", level, baseline, lambda: baseline(latents, t_B, text_embeds).sample)
-    for level in ("none", "ff", "block"):
+    for level in counted("checkpointing levels", ("none", "ff", "block")):
         unet.checkpointing = level
         measure(baselines.OURS, level, unet, lambda: unet(latents, t_B, text_embeds))
     table = [["", "checkpointing", "saved per image", "vs diffusers", "peak with gradients"]]

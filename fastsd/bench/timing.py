@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsd.bench.baselines import Candidate
 from fastsd.bench.counters import host_waits, rise, seconds
+from fastsd.console import counted, work
 from fastsd.train.graph import WARM_UP
 
 TimedCall = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]
@@ -27,7 +28,7 @@ def in_turns(candidates: Mapping[str, TimedCall], rounds: int, device: torch.dev
     """
     repeats = 4 if device.type == "cuda" else 1
     order = []
-    for _ in range(rounds):
+    for _ in counted("timing", range(rounds), "rounds"):
         for name, (call, turn) in candidates.items():
             with turn():
                 order.append((name, seconds(call, device, repeats)))
@@ -47,7 +48,7 @@ def first_steps(candidate: Candidate, device: torch.device) -> dict[str, Any]:
     def step(times: int = 1) -> None:
         losses.extend(candidate.step() for _ in range(times))
 
-    with candidate.turn():
+    with work(f"first steps of {candidate.name}"), candidate.turn():
         if device.type == "cuda":
             held = candidate.held()
             peak = held + rise(lambda: step(WARM_UP + 2), device)

@@ -12,7 +12,7 @@ import torch
 
 from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
-from fastsd.console import STDOUT, Console, size_text
+from fastsd.console import STDOUT, Console, size_text, work
 from fastsd.data.building import build, lists, upkeep
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.collect import one_at_a_time
@@ -44,8 +44,8 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     Raises UserError as `build_cache` does.
     """
     data = config.data
-    for _ in folders.scan_for(data):
-        break  # report a wrong folder before a model is loaded
+    with work("listing data.folders"):
+        next(folders.scan_for(data), None)  # report a wrong folder before a model is loaded
     device = choose_device(config.device, console)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = choose_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
@@ -67,7 +67,7 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     if ops is TRITON and not INTERPRETED and not data.latents:
         _compile_encoder(config, vae, console)
     start_time = time.perf_counter()
-    with precision_switches(config.cache.precision), progress(console) as report_progress:
+    with precision_switches(config.cache.precision), progress() as report_progress:
         counts = build.build_cache(config, vae, report_progress, console.echo)
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)

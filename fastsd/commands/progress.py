@@ -1,54 +1,27 @@
-"""Show the progress of a long command: a live line on a terminal, otherwise a line every few seconds."""
+"""Show the progress of building a cache, and of commands that count images as it does."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from fastsd.console import Console
+from fastsd.console import Work, work
 from fastsd.data.building import build
-
-PLAIN_SECONDS = 10  # time between progress lines if the output is not a terminal
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[build.ProgressCallback]:
-    """Yield a callback that shows the progress it is called with."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        yield _show_live(bar) if console.is_terminal else _show_lines(console)
+def progress() -> Iterator[build.ProgressCallback]:
+    """Yield a callback that shows the progress it is called with. Each phase is work of its own."""
+    with ExitStack() as stack:
+        works: dict[str, Work] = {}
 
+        def show(event: build.CacheProgress) -> None:
+            if event.phase not in works:
+                stack.close()
+                works[event.phase] = stack.enter_context(work(event.phase, event.total))
+            limit = f" | limited by {event.limit}" if event.limit else ""
+            unit = "captions" if event.phase == "states" else "img"
+            note = f"{event.images_per_second:.1f} {unit}/s{limit}"
+            works[event.phase].set(event.done, event.total, event.images_per_second, note)
 
-def _show_live(bar: Progress) -> build.ProgressCallback:
-    tasks: dict[str, object] = {}
-
-    def show(event: build.CacheProgress) -> None:
-        task = tasks.get(event.phase)
-        if task is None:
-            task = tasks[event.phase] = bar.add_task(event.phase, total=event.total or None, speed="")
-        bar.update(task, completed=event.done, speed=_speed(event))  # type: ignore[arg-type]
-
-    return show
-
-
-def _show_lines(console: Console) -> build.ProgressCallback:
-    last_time = time.monotonic()
-
-    def show(event: build.CacheProgress) -> None:
-        nonlocal last_time
-        if time.monotonic() - last_time > PLAIN_SECONDS:
-            last_time = time.monotonic()
-            seconds_left = (event.total - event.done) / max(event.images_per_second, 1e-9)
-            eta = f" | ETA {timedelta(seconds=round(seconds_left))}" if event.total else ""
-            console.echo(f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")
-
-    return show
-
-
-def _speed(event: build.CacheProgress) -> str:
-    unit = "captions" if event.phase == "states" else "img"
-    return f"{event.images_per_second:.1f} {unit}/s" + (f" | limited by {event.limit}" if event.limit else "")
+        yield show

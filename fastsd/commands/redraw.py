@@ -92,7 +92,7 @@ def redraw(
             _claim(out, _settings(table, config, latents, start, precision))
             method = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded unchanged"
             console.echo(f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
-            with precision_switches(precision, model.unet if model else None), progress(console) as report_progress:
+            with precision_switches(precision, model.unet if model else None), progress() as report_progress:
                 redrawer = _Redrawer(config, latents, vae, model, start)
                 num_drawn = redrawer.write(out, _batches(latents, selected), num_images, report_progress)
         except OSError as error:

@@ -99,7 +99,7 @@ def swap_vae(
         record |= {"images": str(images), "seed": seed, "precision": precision}
         new_vae.to(compute_device, torch.float32)
         model.unet.to(compute_device, COMPUTE_DTYPE[precision])
-        with progress(console) as report_progress, precision_switches(precision, model.unet):
+        with progress() as report_progress, precision_switches(precision, model.unet):
             pairs = _encode(model, new_vae, sources, limit, seed, resolution, report_progress)
             results = _Alignment(model, pairs, seed, report_progress).compare(edge_layers)
         if not math.isfinite(results["own"].loss["loss"]):

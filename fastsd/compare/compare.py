@@ -13,7 +13,7 @@ from fastsd.compare import charts, draw, numbers, page, pictures
 from fastsd.compare.numbers import Table
 from fastsd.compare.page import Section
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, read_runs
-from fastsd.console import STDOUT, Console, size_text
+from fastsd.console import STDOUT, Console, size_text, work
 from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_file, new_folder, replace_file, write_text
@@ -48,7 +48,7 @@ def compare(
     settings = draw.read_settings(drawing, baseline_run) if drawing or from_checkpoints else []
     picture_folder = _picture_folder(out)
 
-    with new_folder(picture_folder) as folder:
+    with new_folder(picture_folder) as folder, work("comparing runs"):
         report = ComparisonReport(runs, baseline_run, folder, console)
         if from_checkpoints:
             report.redraw()

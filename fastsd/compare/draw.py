@@ -13,7 +13,7 @@ from fastsd.compare.pictures import sheet
 from fastsd.compare.runs import RunData, read_grids
 from fastsd.config.config_errors import sentence
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.console import Console
+from fastsd.console import Console, counted
 from fastsd.errors import UserError
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
@@ -100,7 +100,7 @@ def sources_of(run: RunData) -> list[DrawSource]:
 def draw_settings(sources: Sequence[DrawSource], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
     """Yield each prompt with a sheet. The sheet has a row for each model and a column for each setting, at one seed."""
     prompts = read_prompts(settings[0].table)
-    images_by_source = [(source.label, _draw(source, settings)) for source in sources]
+    images_by_source = [(source.label, _draw(source, settings)) for source in counted("models", sources)]
     for i, prompt in enumerate(prompts):
         rows = [(label, [images[i] for images in by_setting]) for label, by_setting in images_by_source]
         yield prompt.prompt, sheet([setting.label for setting in settings], rows)
@@ -122,7 +122,7 @@ def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, console: Co
     """Draw the sample grid of `table` with each saved checkpoint of a run, and save it as `folder`/STAGE-STEP.png."""
     folder.mkdir(parents=True)
     stages = run.stage_starts("step")
-    for source in sources_of(run):
+    for source in counted(f"checkpoints of {run.label}", sources_of(run)):
         step = int(source.folder.name.removeprefix("step-"))
         stage = next((name for name, start in reversed(stages) if start < step), stages[0][0])
         console.echo(f"drawing {run.label}, {source.label}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsd.config.schema import Config, parse_config
+from fastsd.console import counted
 from fastsd.errors import UserError
 from fastsd.run.folder import Grid, LogRow, grid_files, read_costs, read_grid, read_rows
 from fastsd.run.settings import short_names
@@ -109,7 +110,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     labels = short_names([path.as_posix() for path in paths])
     return [
         _read(folder, labels[path.as_posix()], COLOURS[i % len(COLOURS)])
-        for i, (folder, path) in enumerate(zip(folders, paths, strict=True))
+        for i, (folder, path) in enumerate(counted("reading", list(zip(folders, paths, strict=True)), "runs"))
     ]
 
 

@@ -18,7 +18,7 @@ import torch
 from fastsd.commands.cache import cache
 from fastsd.compare.compare import compare
 from fastsd.config.schema import Config, dump_config, load_config
-from fastsd.console import STDOUT, Console
+from fastsd.console import STDOUT, Console, counted
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
@@ -163,7 +163,7 @@ def _prepare(variants: Sequence[Variant], precision: str | None, console: Consol
     """
     problems: list[str] = []
     uncached: dict[str, Config] = {}  # one config for each missing cache view or set of text embeddings
-    for variant in variants:
+    for variant in counted("checking runs", variants):
         config = variant.config
         if checkpoints(variant.folder / "checkpoints"):
             continue

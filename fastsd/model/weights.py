@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastsd.console import work
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.storage import Tensors, as_tensor, check_finite
@@ -77,10 +78,12 @@ def load_diffusers_unet(unet: UNet, state_dict: Tensors, place: str = "unet") ->
 def copy_tensors(targets: Mapping[str, Tensor], sources: Tensors, place: str) -> None:
     """Copy tensors into the targets of the same name, with the checks of `load_diffusers_unet`."""
     check_names(targets, sources, place)
-    for name, target in targets.items():
-        tensor = as_tensor(sources[name])
-        check_finite(name, tensor, place)
-        target.copy_(tensor)
+    with work(f"loading {place}", sum(target.nbytes for target in targets.values()), "bytes") as loading:
+        for name, target in targets.items():
+            tensor = as_tensor(sources[name])
+            check_finite(name, tensor, place)
+            target.copy_(tensor)
+            loading.add(target.nbytes)
 
 
 def empty_component(component: str, config: dict[str, Any], place: str) -> nn.Module:

@@ -26,7 +26,7 @@ from typing import Any
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.schema import Config, DataTable, StageTable
 from fastsd.config.stages import ENDLESS, parse_amount
-from fastsd.console import STDOUT, Console, size_text
+from fastsd.console import STDOUT, Console, counted, size_text, work
 from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
@@ -92,7 +92,8 @@ class StagePlan:
                 self._rehearsals[whole_batch] = Rehearsal(
                     self.shapes, self.stage, self.side, self.ops, micro_batch, cached_text=self.cached_text
                 )
-            self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
+            with work(f"a step with micro-batch {micro_batch_size}, checkpointing {level}, on tensors without data"):
+                self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         need = self._needs[micro_batch_size, level]
         if self.ops is not TRITON:  # on a CPU
             return need
@@ -217,7 +218,7 @@ def plan(
     console.echo(f"images     {images or 'unknown, data.folders cannot be read'}")
 
     plans: list[StagePlan] = []  # stages that differ only in light keys share a plan
-    for i, stage in enumerate(config.stage):
+    for i, stage in enumerate(counted("planning", config.stage, "stages")):
         comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
         existing = next((plan for plan in plans if plan.stage == comparable), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states

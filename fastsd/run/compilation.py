@@ -21,10 +21,9 @@ from threading import Thread
 from typing import Any
 
 import psutil
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from fastsd.console import Console
+from fastsd.console import Console, work
 from fastsd_kernels.launch import Launch
 
 _PROCESS_BYTES = 1 << 30  # memory of a process: PyTorch, Triton and LLVM
@@ -59,13 +58,11 @@ def compile_kernels(kernels: Iterable[str], console: Console) -> None:
     count = min(len(missing), len(psutil.Process().cpu_affinity()), max(1, psutil.virtual_memory().available // _PROCESS_BYTES))
     noun = "process" if count == 1 else "processes"
     console.echo(f"kernels: compiling {len(missing)} for sm_{target.arch} on {count} {noun}, once per machine")
-    columns = TextColumn("kernels"), BarColumn(), MofNCompleteColumn()
     problems, done = [], 0
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        work("compiling", len(missing), "kernels") as compiling,
         _compilers(missing, count, [target.backend, target.arch, target.warp_size]) as results,
     ):
-        task = bar.add_task("", total=len(missing))
         while count:
             with suppress(Empty):
                 problem = results.get(timeout=0.2)  # on Windows, Ctrl-C does not interrupt a wait without a limit
@@ -74,7 +71,7 @@ def compile_kernels(kernels: Iterable[str], console: Console) -> None:
                     continue
                 done += 1
                 problems += [problem] if problem else []
-                bar.update(task, completed=done)
+                compiling.add()
     failed = len(problems) + len(missing) - done
     if failed:
         warn_not_compiled(console, str(failed), problems[0] if problems else "a compiler process ended")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.config.schema import Config, dump_config
-from fastsd.console import Console
+from fastsd.console import Console, work
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
@@ -120,7 +120,8 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         warnings += model.notes
         check_samples(model, config)
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
-        data = stack.enter_context(closing(TrainingData(config, model, saved)))
+        with work("opening the cache"):
+            data = stack.enter_context(closing(TrainingData(config, model, saved)))
         warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]

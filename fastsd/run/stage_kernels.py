@@ -19,6 +19,7 @@ import fastsd
 import fastsd_kernels
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.stages import StageTable
+from fastsd.console import work
 from fastsd.model.shapes import Shapes
 from fastsd.run.compilation import compile_kernels, kernels_of, warn_not_compiled
 from fastsd.run.folder import read_table
@@ -84,7 +85,8 @@ def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecord
 
 def _record(run: Run, index: int, recorder: StageRecorder) -> list[str]:
     try:
-        return kernels_of(recorder.launches())
+        with work(f"recording the kernels of {run.config.stage_name(index)}"):
+            return kernels_of(recorder.launches())
     except Exception as error:  # a run does not depend on it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warn_not_compiled(run.console, f"those of {run.config.stage_name(index)}", reason)

@@ -32,6 +32,7 @@ import xxhash
 from torch import Tensor
 
 from fastsd.config.schema import ValidateTable
+from fastsd.console import counted
 from fastsd.data.loader import Loader
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.errors import UserError
@@ -158,7 +159,8 @@ class Validation:
         rows = []
         for name, batches in self._batches.items():
             forwards = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
-            errors_nS = [errors_S for samples in forwards for errors_S in self._errors(samples)]
+            text = f"validating {name.replace('_', '-')}"
+            errors_nS = [errors_S for samples in counted(text, forwards, "batches") for errors_S in self._errors(samples)]
             per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
             metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
             rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.console import counted, work
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
@@ -75,7 +76,8 @@ def draw(model: Model, images: Sequence[ImageSettings], table: SampleTable, batc
     check_images(model, images)
     drawn: dict[int, Image.Image] = {}
     downscale, device = model.vae.downscale, model.unet.conv_in.weight.device
-    with precision_switches(model.precision, model.unet) if model.precision else nullcontext():
+    switches = precision_switches(model.precision, model.unet) if model.precision else nullcontext()
+    with switches, work("drawing", len(images), "images") as drawing:
         for numbers in batches_of(images, batch):
             chosen = [images[i] for i in numbers]
             first, seeds = chosen[0], [image.seed for image in chosen]
@@ -86,6 +88,7 @@ def draw(model: Model, images: Sequence[ImageSettings], table: SampleTable, batc
             prompts, negatives = [image.prompt for image in chosen], [image.negative for image in chosen]
             latents = denoise(model, prompts, eps_BCHW, seeds, settings, negatives=negatives)
             drawn |= {i: to_image(image) for i, image in zip(numbers, model.vae.decode(latents), strict=True)}
+            drawing.add(len(numbers))
     return [drawn[i] for i in range(len(images))]
 
 
@@ -146,7 +149,7 @@ def denoise(
     generators = [torch.Generator().manual_seed(seed ^ seed >> 32) for seed in seeds]
     step_options = {} if table.sampler == "dpm++" else {"generator": generators}
     lengths = step_lengths(scheduler)
-    for i, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(counted("denoising", scheduler.timesteps, "steps")):
         x_in = scheduler.scale_model_input(x_BCHW, t)
         t_B = t.to(device).expand(len(text_embeds_BLD))
         prediction = model.unet(torch.cat([x_in, x_in]) if guided else x_in, t_B, text_embeds_BLD).float()

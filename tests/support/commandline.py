@@ -4,6 +4,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 2\noptimizer = "lion"\n
 
 
 def fastsd(*words, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run the command line in this process. Return its exit code, stdout and stderr."""
+    """Run the command line in this process. Return its exit code, stdout, and stderr without a command's first line."""
     from fastsd import cli
 
     monkeypatch.setattr(sys, "argv", ["fastsd", *map(str, words)])
@@ -33,7 +34,7 @@ def fastsd(*words, monkeypatch, capsys) -> tuple[int, str, str]:
     except SystemExit as stop:
         code = int(stop.code or 0)
     out, err = capsys.readouterr()
-    return code, out, err
+    return code, out, re.sub(rf"\A{words[0] if words else ''}\b.*: loading PyTorch\n", "", err)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastsd.console import counted, work
 from fastsd.data import cache, masks, tokens
 from fastsd.data.building import mask_cells
 from fastsd.data.building.store import Store, disk_errors
@@ -47,7 +48,7 @@ def verify(dir: str | Path) -> list[str]:
             path.unlink()
             problems.append(f"{path} is damaged; {_DELETED}")
 
-        for shard in store.shards():
+        for shard in counted("verifying", store.shards(), "shards"):
             done = store.done_rows(shard)
             if not done:
                 continue
@@ -115,7 +116,7 @@ def stats(dir: str | Path) -> Stats:
             planned += rows - done
         files = [path for path in (store.folder / "shards").glob("*.safetensors") if path.exists()]
         views, damaged = dict[str, ViewStats](), list[str]()
-        for path in cache.view_paths(store.folder):
+        for path in counted("measuring", cache.view_paths(store.folder), "views"):
             try:
                 views[path.stem] = _measure(store.folder, path)
             except UserError as error:
@@ -182,7 +183,7 @@ def prune(dir: str | Path) -> Pruned:
         shards = store.shards()
         unused = [shard for shard in shards if shard.name not in used_names and space_of[shard.id] not in unfinished]
 
-        with store.transaction():
+        with work("deleting what no view uses"), store.transaction():
             for shard in unused:
                 store.db.execute("DELETE FROM latent WHERE shard = ?", (shard.id,))
                 store.db.execute("DELETE FROM shard WHERE id = ?", (shard.id,))

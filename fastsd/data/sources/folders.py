@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fastsd.config.schema import DataTable, FolderTable
+from fastsd.console import work
 from fastsd.data.sources import metadata, tars
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
@@ -349,7 +350,11 @@ def scan_for(data: DataTable, unused: ReportUnused = lambda path, reason: None) 
 
 def count(data: DataTable, unused: ReportUnused = lambda path, reason: None) -> tuple[int, int]:
     """Count the images, and the images per epoch with repeats, without any filter by tag. Raises UserError as `scan` does."""
-    images_per_root = Counter(source.root for source in scan_for(data, unused) if not source.problem)
+    images_per_root = Counter[int]()
+    with work("counting images") as counting:
+        for source in scan_for(data, unused):
+            images_per_root[source.root] += not source.problem
+            counting.add()
     return images_per_root.total(), sum(data.roots[root].repeats * images for root, images in images_per_root.items())
 
 
