@@ -1,10 +1,10 @@
 """Training steps saved by an aligned start, on the demo's pair of VAEs.
 
-    python bench/alignment.py [--ways lion demo] [--seeds 0 1 2] [--out bench/results]
+    python bench/alignment.py [--ways lion staged] [--seeds 0 1 2] [--out bench/results]
 
 `fastsd swap-vae` makes two models to start from: a plain one without images, and one aligned with 256 images that are not in
-the training set. Both are trained with the same config, images, noise and order, in two ways: 250 steps of Lion, or the demo's
-three stages for the UNet, which are 700 steps of D-Lion and Lion. Every 25 steps, the script measures the loss on 32 held-out
+the training set. Both are trained with the same config, images, noise and order, in two ways: 250 steps of Lion, or 700
+steps of D-Lion and Lion in three stages. Every 25 steps, the script measures the loss on 32 held-out
 images, and how many of 96 samples show the requested colour and shape. The results are the steps until 90 % of the samples do,
 and the steps until the final loss of the plain start.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from plain_swap import plain_swap
 
 from fastsd.bench.counters import stamp
 from fastsd.commands.cache import cache
@@ -35,10 +36,14 @@ EVERY, TARGET_ACCURACY = 25, 0.9
 STARTS = ("plain", "aligned")
 NUM_PROMPTS, SAMPLE_STEPS = 6, (0, 50, 200)
 QUIET = Console(file=StringIO())
-# Settings that override those of the demo's first stages.
+# Stages, as settings that override those of `plain_swap`.
 WAYS: dict[str, list[dict[str, Any]]] = {
     "lion": [{"optimizer": "lion", "lr": 1e-4, "until": 250, "warmup": 0}],
-    "demo": [{}, {}, {}],
+    "staged": [
+        {"name": "unet", "until": 400},
+        {"name": "finer", "optimizer": "lion", "lr": 1e-4, "warmup": 0, "until": 200},
+        {"name": "finest", "optimizer": "lion", "lr": 3e-5, "warmup": 0, "until": 100},
+    ],
 }
 
 
@@ -47,8 +52,8 @@ def config_of(folder: Path, way: str, start: str, seed: int) -> Config:
     overrides = [f"model.base={folder / start}", "model.vae=", f"run={run}", f"seed={seed}"]
     overrides += ["sample.prompts=[]", "log.tensorboard=false", "validate.held_out=32", f"validate.every={EVERY}"]
     overrides += ["stage.sample_every=0", f"stage.checkpoint_every={EVERY}", "stage.keep_checkpoints=1000"]
-    config = load_config(folder / "demo.toml", overrides)
-    stages = [stage.model_copy(update=changes) for stage, changes in zip(config.stage, WAYS[way], strict=False)]
+    config = load_config(folder / "demo.toml", [*plain_swap(folder), *overrides])
+    stages = [config.stage[0].model_copy(update=changes) for changes in WAYS[way]]
     return config.model_copy(update={"stage": stages})
 
 
@@ -120,8 +125,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = demo._lay_out(folder, QUIET)
-        base, vae = config.model.base, config.model.vae
+        demo._lay_out(folder, QUIET)
+        base, vae = str(folder / "models" / "base"), str(folder / "models" / "vae")
         world.write_dataset(folder / "others", 256, seed=9)
         swap_vae(base, vae, folder / "plain", console=QUIET)
         aligned = swap_vae(base, vae, folder / "aligned", folder / "others")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_swap import plain_swap
 
 from fastsd.bench.counters import stamp
 from fastsd.commands.cache import cache
@@ -50,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         demo._lay_out(Path(folder), Console(file=StringIO()))
-        config = load_config(Path(folder) / "demo.toml", [f"stage.0.batch={args.batch}", *OVERRIDES])
+        config = load_config(Path(folder) / "demo.toml", [*plain_swap(Path(folder)), f"stage.0.batch={args.batch}", *OVERRIDES])
         cache(config, Console(file=StringIO()))
         (probe,) = lr_probe(config, args.steps)
         losses = {f"{lr:g}": train_lion(config, lr, args.steps) for lr in RATES}

@@ -2,8 +2,8 @@
 
     python bench/precision_curves.py [--steps 200] [--out bench/results]
 
-The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds. Their
-spread is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
+The demo's job from a plain swap (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other
+seeds. Their spread is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
 
 A CPU has no TF32, so "tf32" is emulated there. Every operand of a matmul or convolution, forward and backward, is rounded to 10
 bits of mantissa, to nearest, and the products are summed in fp32. Attention is that of our kernels: all its matmuls round q, k,
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_swap import plain_swap
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -111,7 +112,14 @@ class EmulatedTf32(TorchDispatchMode):
 def losses(out: Path, precision: str, seed: int, steps: int) -> list[float]:
     """Train one run and return the loss of every step."""
     run = out / f"{precision}-{seed}"
-    overrides = [f"run={run}", f"seed={seed}", f"stage.unet.until={steps}", "stage.unet.sample_every=0", "log.every=1"]
+    overrides = [
+        *plain_swap(out),
+        f"run={run}",
+        f"seed={seed}",
+        f"stage.unet.until={steps}",
+        "stage.unet.sample_every=0",
+        "log.every=1",
+    ]
     overrides += ["stage.unet.checkpoint_every=100000", "sample.prompts=[]", "log.tensorboard=false"]
     config = load_config(out / "demo.toml", overrides, precision)
     config = config.model_copy(update={"stage": config.stage[:1]})

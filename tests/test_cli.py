@@ -91,7 +91,7 @@ def test_cache_train_sample(run, tmp_path, tiny_model, images):
     assert code == 0 and says(out, "check-passed", check="model") and says(out, "check-passed", check="cache")
     code, out, err = run("train", "--precision", "fp32", path, "log.every=1")
     assert code == 0, err
-    facts = ("images", "cpu on cpu", "0.5", "21 of 21", "loss", "img/s", "ETA", "GiB", "saved")
+    facts = ("images", "cpu on cpu", "0.5", "21 of 21", "loss", "img/s", "ETA", "MiB", "saved")
     assert all(fact in out for fact in facts), out
     for model in (tmp_path / "run", tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "step-00000002"):
         prompts = ("--prompt", "a", "--prompt", "b")
@@ -196,17 +196,20 @@ def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, image
     assert all(fact in out.getvalue() for fact in facts.values())
 
 
-def test_check_and_a_run_name_prompts_that_are_cut(run, tmp_path, tiny_model, images):
-    path = job(tmp_path, tiny_model, images, STAGE)
+def test_check_and_a_run_name_prompts_that_are_cut_and_a_missing_license(run, tmp_path, tiny_model, images):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    path = job(tmp_path, base, images, STAGE)
     assert run("cache", path)[0] == 0
     prompts = f"sample.prompts=[{', '.join(['red'] * 76)!r}, 'a --w 16']"
     for command in ("check", "train"):
         code, out, _ = run(command, path, prompts)
         assert code == 0 and says(out, "prompt-cut", capacity=75) and says(out, "prompt-options-as-text", prompt="'a --w 16'")
-        assert "shorten it, or set chunks to" in out
+        assert "shorten it, or set chunks to" in out and says(out, "license-not-set", license="mit", same="mit")
     _, out, _ = run("train", path, prompts, "stage.until=3")  # a run that has started keeps its chunks
     assert says(out, "prompt-cut", capacity=75) and "set chunks to" not in out
-    assert not says(run("check", path, prompts, "model.chunks=8")[1], "prompt-cut")
+    _, out, _ = run("check", path, prompts, "model.chunks=8", "export.license=mit")
+    assert not says(out, "prompt-cut") and not says(out, "license-not-set")
 
 
 def test_check_refuses_a_disk_too_small_for_the_run(run, tmp_path, tiny_model, images, monkeypatch):
@@ -217,7 +220,7 @@ def test_check_refuses_a_disk_too_small_for_the_run(run, tmp_path, tiny_model, i
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     code, out, err = run("check", path)
     assert code == 2 and says(out, "check-failed", check="run folder")
-    assert says(err, "run-disk-space", run=f"'{tmp_path / 'run'}'", free="0.0") and err.count("\n") == 1
+    assert says(err, "run-disk-space", run=f"'{tmp_path / 'run'}'", free="0.1 MiB") and err.count("\n") == 1
 
 
 def test_usage_errors_exit_2(run):

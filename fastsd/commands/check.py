@@ -26,6 +26,7 @@ from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.plan.disk import run_bytes
+from fastsd.run.license import license_note
 from fastsd.run.restart import saved_splits
 from fastsd.run.training_data import rare_shapes
 from fastsd.run.validation import Validation
@@ -72,6 +73,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
     for i in range(len(config.stage)):
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch, warnings))
     notes += [clip_skip_note(config.model.clip_skip)] if config.model.clip_skip else []
+    notes += filter(None, [license_note(config)])
     for note in notes:
         console.echo(f"note  {note}")
     for warning in (models[0].notes if models else []) + warnings:

@@ -1,8 +1,9 @@
 """`fastsd demo`: the whole workflow in miniature, on a machine that has only Python.
 
 A tiny model with SD1.5's architecture can draw coloured shapes. Its VAE is replaced by another one, and its samples come out
-wrong. Then the user's own commands (cache, train, sample) teach it the new latents. The demo ends with one picture and the
-accuracies. The models ship with the package (`fastsd/demo/models.py` trained them). The training images are drawn by the demo.
+wrong. Then the user's own commands (swap-vae, cache, train, sample) align it to the new latents and retrain it. The demo ends
+with one picture, the accuracies and the held-out losses. The models ship with the package (`fastsd/demo/models.py` trained
+them). The training images are drawn by the demo.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from pathlib import Path
 from PIL import Image
 
 from fastsd.commands.cache import cache
+from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import Config, ModelTable, load_config
 from fastsd.console import STDOUT, Console
 from fastsd.demo import world
+from fastsd.run.folder import read_rows
 from fastsd.run.loop import train
 from fastsd.sampling.generate import generate, load_to_sample
 from fastsd.storage import copy_file, new_file, replace_file
@@ -25,18 +28,25 @@ from fastsd.storage import copy_file, new_file, replace_file
 MODELS = Path(__file__).parent / "assets"
 PICTURES, PICTURE_SEED = 384, 1
 SEEDS = (0, 1)  # each of the 48 prompts is drawn with both seeds
-SHOWN = 9  # samples in a panel of the final picture
+SHOWN = 6  # samples in a panel of the final picture
+ALIGNMENT_IMAGES = 32  # for the fits of `fastsd swap-vae`
 
 
 def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
-    """Run the demo in `out`. Return the accuracies and the seconds it took, and write them to result.json."""
+    """Run the demo in `out`. Return the accuracies, the losses and the seconds it took, and write them to result.json."""
     start_time = time.perf_counter()
     config = _lay_out(out, console)
-    table = config.model
-    base_share, base_images = _draw(config, table.model_copy(update={"vae": ""}))
-    swapped_share, swapped_images = _draw(config, table)
+    base, vae, aligned = str(out / "models" / "base"), str(out / "models" / "vae"), Path(config.model.base)
+    base_share, base_images = _draw(config, ModelTable(base=base))
     console.echo(f"base model: {base_share:.0%} of {len(base_images)} samples show the requested colour and shape")
+    swapped_share, swapped_images = _draw(config, ModelTable(base=base, vae=vae))
     console.echo(f"base model with another VAE: {swapped_share:.0%}\n")
+
+    if not aligned.exists():  # an earlier start may have written it
+        console.echo(f"$ fastsd swap-vae {base} {vae} {aligned} --images {out / 'images'} --limit {ALIGNMENT_IMAGES}")
+        swap_vae(base, vae, aligned, out / "images", limit=ALIGNMENT_IMAGES, device=config.device, console=console)
+    aligned_share, aligned_images = _draw(config, ModelTable(base=str(aligned)))
+    console.echo(f"aligned model, before training: {aligned_share:.0%}\n")
 
     console.echo(f"$ fastsd cache {out / 'demo.toml'}")
     cache(config, console)
@@ -45,13 +55,17 @@ def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
     model = Path(config.run) / "model"
     console.echo(f"\n$ fastsd sample {model} --prompt ...")
     trained_share, trained_images = _draw(config, ModelTable(base=str(model)))
-    columns = (base_share, base_images), (swapped_share, swapped_images), (trained_share, trained_images)
-    _picture(out / "demo.png", *columns)
-    accuracies = {"base": base_share, "before": swapped_share, "after": trained_share}
-    result = accuracies | {"samples": len(trained_images), "seconds": round(time.perf_counter() - start_time, 1)}
+    columns = (swapped_share, swapped_images), (aligned_share, aligned_images), (trained_share, trained_images)
+    _picture(out / "demo.png", (base_share, base_images), *columns)
+    losses = [row["loss"] for row in read_rows(Path(config.run) / "validation.jsonl", {"loss": float})]
+    result = {"base": base_share, "before": swapped_share, "aligned": aligned_share, "after": trained_share}
+    result |= {"loss_before_training": losses[0], "loss": losses[-1], "samples": len(trained_images)}
+    result["seconds"] = round(time.perf_counter() - start_time, 1)
     replace_file(out / "result.json", json.dumps(result) + "\n")
-    shares = f"{base_share:.0%} base, {swapped_share:.0%} with the VAE swapped, {trained_share:.0%} after retraining"
-    console.echo(f"correct colour and shape: {shares} ({len(trained_images)} samples each, {result['seconds']:.0f} s)")
+    shares = f"{base_share:.0%} base, {swapped_share:.0%} with the VAE swapped, {aligned_share:.0%} aligned"
+    console.echo(f"\ncorrect colour and shape: {shares}, {trained_share:.0%} retrained ({len(trained_images)} samples each)")
+    change = f"{losses[0]:.4f} aligned, {losses[-1]:.4f} retrained ({losses[-1] / losses[0] - 1:+.0%})"
+    console.echo(f"loss on images that were not trained on: {change}; {result['seconds']:.0f} s in all")
     console.echo(f"picture: {out / 'demo.png'}")
     return result
 
@@ -89,7 +103,7 @@ def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
 
 
 def _picture(path: Path, *columns: tuple[float, list[Image.Image]]) -> None:
-    titles = ("base", "VAE swapped", "retrained")
+    titles = ("base", "VAE swapped", "aligned", "retrained")
     panels = [(f"{title}  {share:.0%}", images[:SHOWN]) for title, (share, images) in zip(titles, columns, strict=True)]
     with new_file(path) as temporary:
         world.picture(panels, [prompt for _, _, prompt in world.prompts()[:SHOWN]]).save(temporary, "PNG")

@@ -191,8 +191,8 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
 
 
 def picture(columns: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
-    """Draw a panel for each (title, samples). A panel has samples, twice as large, with captions, in rows of three."""
-    scale, across = 2, 3
+    """Draw a panel for each (title, samples). A panel has samples, twice as large, with captions, in rows of two."""
+    scale, across = 2, 2
     tile = max(image.width for _, images in columns for image in images) * scale
     gap, margin, head, foot = 10, 28, 54, 38
     rows = -(-len(captions) // across)

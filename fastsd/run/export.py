@@ -19,6 +19,7 @@ from fastsd.model.formats.model_summary import metadata_of
 from fastsd.model.formats.write import write_single_file
 from fastsd.model.model import Model
 from fastsd.run import checkpoint
+from fastsd.run.license import license_note
 from fastsd.run.model_card import last_samples, summarize, write_card
 from fastsd.storage import new_file, remove_folder
 
@@ -35,6 +36,8 @@ def export_newest(config: Config, model: Model, console: Console) -> Path:
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
     averages = checkpoint.averages_of(newest)
     export_path = _export(config, newest, model, {}, console)
+    if note := license_note(config):
+        console.echo(f"note: {note}")
     if averages:
         _export(config, newest, model, averages, console)
     else:

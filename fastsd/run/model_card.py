@@ -36,6 +36,7 @@ from fastsd.model.text_encoder import AUTO_CHUNKS
 from fastsd.run import card_code
 from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
+from fastsd.run.license import license_of
 from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, table, yaml_string
 from fastsd.run.restart import read_config
 from fastsd.run.settings import flatten, setting_text
@@ -119,7 +120,8 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
 
 def untrained(title: str, base: str, vae: str = "", note: str = "") -> ModelSummary:
     """Return the summary of a model that was assembled, not trained. `note` explains how, in one or more sentences."""
-    return ModelSummary(version=__version__, title=title, base=public_name(base), vae=public_name(vae or base), note=note)
+    names = {"base": public_name(base), "vae": public_name(vae or base), "license": license_of(base)}
+    return ModelSummary(version=__version__, title=title, note=note, **names)
 
 
 def public_name(name: str) -> str:

@@ -141,7 +141,7 @@ class TrainReport:
         for row in rows:
             name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
             scalars[f"validation/{name}"] = row["loss"]
-            scalars |= {f"validation_{name}/t{band_label(first, end)}": loss for first, end, loss, _ in row["bands"]}
+            scalars |= {f"validation/{name}/t{band_label(first, end)}": loss for first, end, loss, _ in row["bands"]}
 
         self._append(self.validations, *rows)
         self._send(lambda sink: sink.scalars(scalars, step))

@@ -38,7 +38,7 @@ def test_the_page_shows_a_run(training):
     sections = sections_of(WatchPages([training]))
     names = "progress samples training-loss validation-loss validation-loss-by-timestep learning-rate warnings cost"
     assert list(sections) == names.split()
-    facts = ("unet", "3 of 10", "1m", "2h01m", "0.2500", "3.2", "1.5", "50%", "last log row", "skipped")
+    facts = ("unet", "3 of 10", "1m", "2h01m", "0.2500", "3.2", "1.4 GiB", "50%", "last log row", "skipped")
     assert all(fact in sections["progress"] for fact in facts)
     assert "grid/0/unet-00000002.png" in sections["samples"]
     assert "skipped &lt;2&gt; steps" in sections["warnings"]

@@ -97,11 +97,17 @@ def test_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(world, "prompts", lambda: prompts)
     monkeypatch.setattr(module, "SEEDS", (0,))
     monkeypatch.setattr(module, "PICTURES", 64)
+    monkeypatch.setattr(module, "ALIGNMENT_IMAGES", 16)
     text = re.sub(r"until = \d+", "until = 1", module._config_file().read_text()).replace("images = 4", "images = 1")
+    text = text.replace("held_out = 32", "held_out = 8")
     monkeypatch.setattr(module, "_config_file", lambda: tmp_path / "short.toml")
     (tmp_path / "short.toml").write_text(text)
     out = StringIO()
     result = demo(tmp_path / "demo", Console(file=out, width=200))
-    assert "$ fastsd cache" in out.getvalue() and "$ fastsd train" in out.getvalue()
-    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == len(prompts) == 16
-    assert result["base"] >= 0.8 and result["before"] <= 0.5
+    assert all(f"$ fastsd {command} " in out.getvalue() for command in ("swap-vae", "cache", "train", "sample"))
+    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == 16
+    assert result["base"] >= 0.8 and result["before"] <= 0.5 and result["aligned"] >= 0.8
+    assert 0 < result["loss"] < 1 and 0 < result["loss_before_training"] < 0.1
+    assert (tmp_path / "demo/run/model/README.md").read_text().count("# Coloured shapes\n") == 1
+    del prompts[SHOWN:]
+    assert demo(tmp_path / "demo", Console(file=StringIO()))["samples"] == SHOWN  # again in the same folder

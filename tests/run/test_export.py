@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import fastsd
+from environment import ROOT
 from runs import run
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -105,6 +106,18 @@ def test_repeating_the_command_writes_the_same_bytes(exported):
     assert exported_files(folder) == before
 
 
+def documented_files() -> set[str]:
+    """Return the names that docs/monitoring.md lists as the files of a run."""
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    rows = re.search(r"\n    runs/xlsd/\n((?:      .*\n)+)", page)[1].splitlines()
+    return {name.split("/")[0] for row in rows for name in row.strip().split("  ")[0].split()}
+
+
+def test_files_of_a_run_are_documented(exported):
+    names = {path.name for path in exported[0].iterdir()}
+    assert {"cost.json", "images.json", "lock", "model-ema"} <= names <= documented_files()
+
+
 def test_metadata_of_a_single_file(exported, tmp_path):
     folder, _ = exported
     header, ema_header = (metadata(folder / f"{name}.safetensors") for name in ("model", "model-ema"))
@@ -180,6 +193,7 @@ def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     card = (folder / "model" / "README.md").read_text()
     assert "- lora\n" in card and says(card, "card-lora", rank=2, alpha=1, targets="attention")
     assert says(card, "card-lora-convolutions", rank=3, alpha=1.5)
+    assert {path.name for path in folder.iterdir()} <= documented_files()
     names = [*EXPORTED, "lora.safetensors", "lora-ema.safetensors"]
     before = exported_files(folder, names)
     run(folder.parent / "job.toml", *keys)

@@ -248,10 +248,10 @@ def test_tensorboard_has_numbers_and_images(tmp_path):
     tags = events.Tags()
     kinds = ("held_out", "held_out_ema")
     validation = {f"validation/{kind}" for kind in kinds}
-    validation |= {f"validation_{kind}/t{band}" for kind in kinds for band in ("0000-0499", "0500-0999")}
+    validation |= {f"validation/{kind}/t{band}" for kind in kinds for band in ("0000-0499", "0500-0999")}
     assert set(tags["scalars"]) == charts(VALUES, TIMING).keys() | validation
     assert [(event.step, event.value) for event in events.Scalars("train/skipped")] == [(7, 0.0)]
-    assert [(event.step, event.value) for event in events.Scalars("validation_held_out/t0500-0999")] == [(4, 0.75)]
+    assert [(event.step, event.value) for event in events.Scalars("validation/held_out/t0500-0999")] == [(4, 0.75)]
     assert set(tags["images"]) == {"samples/step", "samples/ema-step"}
     (image,) = events.Images("samples/step")
     assert (image.step, image.width, image.height) == (7, 6, 4)
