@@ -16,14 +16,15 @@ as long as its tensor cores for the matmuls.  Predicted for this case, with the 
 if the cache serves all of dq, the second if none:
 
                   this        dq and dkdv
-    RTX 3090    7970-7980       9430
-    RTX 4090    3510-3800       4180
+    RTX 3090    7560-7570       9000
+    RTX 4090    3330-3780       3990
+    RTX 5090    3050-3100       3340
 
 The tensor cores of sm_80 and sm_90 are four to eight times faster while their memory is not: there this kernel would wait.
 
 Rejected (predicted for the same case): one copy of dq and programs that take turns on its tiles by a counter, because that
 deadlocks unless all programs of a head run at once; a copy for each tile of keys (1.3 GB); tiles of 64 keys, twice the traffic
-of dq (2990 us from the cache, 5990 from memory); D = 80 (N = 1024: 400 and 100 for the copies, where two kernels take 440).
+of dq (2990 us from the cache, 5990 from memory); D = 80 (N = 1024: 375 and 59 for the copies, where two kernels take 460).
 """
 
 from __future__ import annotations

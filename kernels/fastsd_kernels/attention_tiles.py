@@ -36,19 +36,19 @@ MOST_WORK = 1.3
 # (kernel, largest head size, bf16 or fp32's precision, architecture or 0 for any): tile.  Criteria, the most important first:
 # no spills; two blocks on an SM (at most 128 registers a thread at 8 warps, 49 KB a block) or else one large one; long tiles.
 _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
-    # bf16: a held tile of 128 rows halves the traffic of the streamed ones. D = 160 lacks registers, so its tiles are
-    # shorter, and have 4 warps of 16 rows: with 8, half of them would repeat the products of the other half. With 16 queries
-    # and slices of 32, dk and dv fit one kernel, and waits for its short tiles are hidden by a third stage.
-    ("forward", 48, "bf16", 0): AttentionTile(128, 64, 8, 3),
-    ("forward", 96, "bf16", 0): AttentionTile(128, 64, 8, 3),
-    ("forward", 160, "bf16", 0): AttentionTile(128, 32, 8, 2),
+    # bf16: 64 rows in 4 warps. Two or three such blocks on an SM wait for each other less than the warps of one block with 128
+    # rows, which outweighs the second reading of the streamed tiles from the L2 cache. With 16 queries and slices of 32, dk and
+    # dv fit one kernel at D = 160, and waits for its short tiles are hidden by a third stage.
+    ("forward", 48, "bf16", 0): AttentionTile(64, 64, 4, 3),
+    ("forward", 96, "bf16", 0): AttentionTile(64, 32, 4, 3),
+    ("forward", 160, "bf16", 0): AttentionTile(64, 16, 4, 3),
     ("forward", 256, "bf16", 0): AttentionTile(64, 32, 8, 1, 64, hold=False),
-    ("dq", 48, "bf16", 0): AttentionTile(128, 64, 8, 2),
-    ("dq", 96, "bf16", 0): AttentionTile(128, 64, 8, 2),
+    ("dq", 48, "bf16", 0): AttentionTile(64, 64, 4, 3),
+    ("dq", 96, "bf16", 0): AttentionTile(64, 64, 4, 2),
     ("dq", 160, "bf16", 0): AttentionTile(64, 32, 4, 2),
     ("dq", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
-    ("dkdv", 48, "bf16", 0): AttentionTile(64, 128, 8, 2),
-    ("dkdv", 96, "bf16", 0): AttentionTile(32, 128, 8, 2),
+    ("dkdv", 48, "bf16", 0): AttentionTile(64, 64, 4, 2),
+    ("dkdv", 96, "bf16", 0): AttentionTile(32, 64, 4, 3),
     ("dkdv", 160, "bf16", 0): AttentionTile(16, 64, 4, 3, 32),
     ("dk", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
     ("dv", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
