@@ -68,7 +68,7 @@ MEANINGS = {
     "checkpointing": "recomputes activations to save memory: none, ff or block",
     "fused_backward": "updates weights during the backward, without memory for gradients",
     "optimizer": "dlion, which finds its step size, lion or adamw",
-    "lr": "learning rate; compare several with `fastsd sweep`",
+    "lr": "learning rate; a sweep compares several",
     "schedule": "decay of lr",
     "warmup": "of lr, as a share of the stage",
     "grad_clip": "largest gradient norm; 0 = no clipping",
