@@ -274,6 +274,6 @@ def test_commands_in_messages_can_be_copied(run, tmp_path, tiny_model, images, m
     assert run(*shlex.split(command)[1:])[0] == 0
     write_images(tmp_path / "my photos", 5)
     _, out, _ = run("check", *words)
-    assert says(out, "folders-changed", config=shlex.join(words))
+    assert says(out, "folders-changed", CONFIG=shlex.join(words))
     _, out, _ = run("check", *words, "data.folders=['none']")
     assert ", 2 steps with 2 images per step" in out  # although the number of images is unknown

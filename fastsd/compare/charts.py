@@ -26,6 +26,7 @@ from fastsd.run.validation import band_label
 
 WIDE, NARROW = 12.0, 4.2  # inches, at about 100 px per inch on a page
 DPI = 150  # of the PNG files
+TEXT = 10.0  # points of the smallest text, so that it has at least 11 px on a page
 POINTS = 3000  # most points of a curve
 BANDS = 10  # most panels of timestep bands; if there are more bands, neighbours are averaged
 DASHES = ("-", "--", ":", "-.")
@@ -103,10 +104,9 @@ def band_chart(runs: Sequence[RunData], width: float = WIDE) -> Figure | None:
             rows = [row for row in rows_by_run[run.label] if band < len(_bands(row))]
             if rows:
                 start, end, *_ = _bands(rows[-1])[band]
-                axes.set_title(f"t {band_label(int(start), int(end))}", fontsize=10)
+                axes.set_title(f"t {band_label(int(start), int(end))}", fontsize=TEXT)
                 values = np.array([_bands(row)[band][2:] for row in rows])
                 _plot_with_errors(axes, run, rows, values[:, 0], values[:, 1])
-        axes.tick_params(labelsize=8)
     figure.suptitle(f"{validation_label(validation)} loss by timestep", fontsize=11)
     return _add_legend(figure, runs)
 
@@ -207,14 +207,15 @@ def _mark_stage_starts(figure: Figure, axes: Axes, runs: Sequence[RunData], *, s
             if images:
                 axes.axvline(images, color=colour, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.8, zorder=0)
             if show_names and shared and images >= free_from:
-                axes.text(images, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=8.5, color=MARK, va="bottom")
-                free_from = images + (0.08 * len(name) + 0.1) * per_inch
+                axes.text(images, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=TEXT, color=MARK, va="bottom")
+                free_from = images + (0.09 * len(name) + 0.1) * per_inch
 
 
 def _use_log_scale_if_wide(axes: Axes, values: np.ndarray) -> None:
     positive = values[values > 0]
     if len(positive) and positive.max() > 30 * positive.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # exponents in small type would be too small
     else:
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
 
@@ -225,8 +226,8 @@ def _add_legend(figure: Figure, runs: Sequence[RunData], dashes: Sequence[tuple[
     handles += [Line2D([], [], color=MARK, ls=dash, label=name) for name, dash in dashes]
     longest = max(len(str(handle.get_label())) for handle in handles)
     width, height = figure.get_size_inches()
-    lines = -(-len(handles) // max(1, int(12.5 * width) // (longest + 8)))
+    lines = -(-len(handles) // max(1, int(11.5 * width) // (longest + 8)))
     across = -(-len(handles) // lines)  # all lines of the legend become about equally long
     figure.set_size_inches(width, height + 0.22 * lines)  # so that a long legend takes nothing from the panels
-    figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False, fontsize=TEXT)
     return figure

@@ -108,7 +108,7 @@ class ComparisonReport:
             html = self._picture("samples", sheet, "final samples of each run")
             self.sections.append(Section("Final samples", "Each row shows one prompt and seed.", html))
         if difference_sheet:
-            note = f"Absolute pixel difference from {self.baseline.label}, multiplied by {factor}. Black means equal."
+            note = f"Absolute pixel difference from the baseline, multiplied by {factor}. Black means equal."
             html = self._picture("difference", difference_sheet, f"pixel differences of the final samples, times {factor}")
             self.sections.append(Section("Pixel differences", note, html))
 
@@ -140,7 +140,7 @@ class ComparisonReport:
                 name = f"draw-{self.names[run.label] if run else 'models'}-{i}"
                 caption = f"{run.label}: {prompt}" if run else prompt
                 sheets.append(self._picture(name, sheet, f"{caption}, models by sampling settings", caption))
-        note = f"Each row shows one model, each column one setting. Everything else is as in {self.baseline.label}."
+        note = "Each row shows one model, each column one setting. Everything else is as in the baseline."
         self.sections.append(Section("Models x sampling settings", note, "".join(sheets)))
 
     def end(self) -> None:

@@ -123,7 +123,7 @@ def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
         if run is not baseline:
             row_pairs = [(row, baseline_rows[row["step"]]) for row in run.log if row["step"] in baseline_rows]
             rows.append([run, *(_agreement_text(row_pairs, key) for key in HASHES)])
-    note = f"Compared with {baseline.label} by the hashes in log rows of equal step."
+    note = "Compared with the baseline by the hashes in log rows of equal step."
     return Table("Equality of training data", note, ["run", *HASHES.values()], rows, key="Did they see the same?")
 
 
@@ -150,7 +150,7 @@ def baseline_differences(runs: Sequence[RunData], baseline: RunData, pixels: Map
             if distance:
                 pixel_cells = [f"{distance.mean:.2f} of 255", _psnr(distance.psnr), str(distance.count)]
             rows.append([run, *losses, *pixel_cells])
-    note = f"Final values of each run minus those of {baseline.label}."
+    note = "Final values of each run minus those of the baseline."
     if validations:
         note += (
             " ± is the standard error of the difference, paired by image if both runs measured the same images, noise and "

@@ -44,22 +44,25 @@ def page(title: str, sections: Sequence[Section], seconds: float = 0) -> str:
     """Return a whole page. One with `seconds` gets its sections again after so many, from the address "sections"."""
     links = " ".join(f'<a href="#{_safe(s.anchor)}">{_safe(s.title)}</a>' for s in sections)
     script = _FILM_SCRIPT + (_LIVE_SCRIPT.substitute(milliseconds=round(1000 * seconds)) if seconds else "")
-    head = f"<nav>{links}</nav>" if not seconds else '<p id="state" aria-live="polite"></p>'
+    head = f"<nav>{links}</nav>" if not seconds else '<p id="state"></p>'
     return _PAGE.substitute(title=_safe(title), head=head, body="\n".join(s.html for s in sections), script=script)
 
 
 def table_section(table: Table) -> Section:
-    head = "".join(f'<th scope="col">{_word(word)}</th>' for word in table.head)
+    if not table.rows:
+        return Section(table.title, table.note, "")
+    head = "".join(f'<th scope="col">{_word(word)}</th>' if word else "<td></td>" for word in table.head)
     rows = "".join(f"<tr>{_cell(first, 'th')}{''.join(map(_cell, others))}</tr>\n" for first, *others in table.rows)
-    body = f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>' if table.rows else ""
+    # A region that scrolls must be reachable with the keyboard.
+    region = f'<div class="wide" role="region" aria-label="{_safe(table.title)}" tabindex="0">'
+    body = f"{region}<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     return Section(table.title, table.note, body)
 
 
-def picture(image: Image.Image, alt: str, caption: str | RunData = "", *, lossless: bool = False) -> str:
-    """Return the HTML of a picture with the alternative text `alt`. Charts should be `lossless`; photographs need not be."""
+def picture(image: Image.Image, alt: str, caption: str | RunData = "") -> str:
+    """Return the HTML of a picture with the alternative text `alt`. A wide one scrolls, to keep its texts readable."""
     text = f"<figcaption>{_word(caption)}</figcaption>" if caption else ""
-    width = f' style="max-width:{image.width}px"' if not lossless else ""
-    return f'<figure>{text}<img src="{data_uri(image, lossless=lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
+    return f'<figure tabindex="0">{text}<img class="sheet" src="{data_uri(image)}" alt="{_safe(alt)}"></figure>\n'
 
 
 def chart(draw: Callable[[float], Figure | None], description: str) -> str:
@@ -98,10 +101,10 @@ def _safe(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def data_uri(image: Image.Image, *, lossless: bool = False) -> str:
+def data_uri(image: Image.Image) -> str:
     """Return an image as an address that contains it."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "WEBP", lossless=lossless, quality=84, method=4)
+    image.convert("RGB").save(buffer, "WEBP", quality=84, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -161,8 +164,12 @@ const update = async () => {
     }
     sections.forEach(([id, html]) => last.set(id, html));
     startFilms();
+    state.removeAttribute("role");
     state.textContent = "live, " + new Date().toLocaleTimeString();
-  } catch { state.textContent = "no connection to fastsd watch"; }
+  } catch {  // a screen reader says this, and not each refresh
+    state.setAttribute("role", "alert");
+    state.textContent = "no connection to fastsd watch";
+  }
 };
 update();
 setInterval(() => document.hidden || update(), $milliseconds);
@@ -188,7 +195,7 @@ _PAGE = Template("""<!doctype html>
   h2 { font-size: 19px; margin: 44px 0 2px; padding-top: 14px; border-top: 1px solid var(--line); }
   p { margin: 2px 0 12px; color: var(--soft); max-width: 96ch; }
   nav { margin-bottom: 8px; line-height: 1.9; }
-  nav a { margin-right: 16px; color: var(--link); text-decoration: none; }
+  nav a { display: inline-block; margin-right: 16px; color: var(--link); text-decoration: none; }
   .wide { overflow-x: auto; }
   table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
   th, td { text-align: left; vertical-align: top; padding: 5px 20px 5px 0; border-bottom: 1px solid var(--line); }
@@ -202,12 +209,16 @@ _PAGE = Template("""<!doctype html>
   figcaption { margin: 8px 0 6px; }
   figcaption small { color: var(--soft); margin-left: 6px; }
   img, figure svg { width: 100%; height: auto; display: block; }
+  img.sheet { width: auto; }
   svg text { fill: var(--ink); font-family: system-ui, -apple-system, "Segoe UI", sans-serif !important; }
   .narrow-only { display: none; }
+  @media (max-width: 1000px) {  /* below, the texts of a wide chart would be smaller than 11 px */
+    .wide-only { display: none; }
+    .narrow-only { display: block; max-width: 600px; }
+  }
   @media (max-width: 760px) {
     body { margin: 16px auto; padding: 0 12px; }
-    .wide-only { display: none; }
-    .narrow-only { display: block; }
+    tbody .long { min-width: 200px; }
   }
   .film { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 20px; }
   .film img { max-width: 640px; }

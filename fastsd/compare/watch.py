@@ -10,10 +10,12 @@ It reads the files of the runs and changes nothing. Addresses:
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,18 +26,19 @@ from urllib.parse import quote, unquote
 from fastsd.compare import charts, numbers, page
 from fastsd.compare.numbers import Table, Words
 from fastsd.compare.page import Section
-from fastsd.compare.runs import RunData, read_runs
+from fastsd.compare.runs import COLOURS, RunData, read_run
 from fastsd.config.stages import ENDLESS
 from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.run.folder import LogRow, grid_files, read_rows
 from fastsd.run.live_line import duration
-from fastsd.run.settings import ABSENT
+from fastsd.run.settings import ABSENT, short_names
 
 HOST = "127.0.0.1"
 REFRESH = 5.0  # seconds
+PAUSE = 9.0  # shortest time between two builds of the sections, in lengths of a build: a long log must not slow the training
 WARNINGS = 20  # newest warnings of a run on the page
-FILES = ("log.jsonl", "timing.jsonl", "validation.jsonl", "cost.json", "warnings.jsonl")
+FILES = ("config.json", "log.jsonl", "timing.jsonl", "validation.jsonl", "cost.json", "warnings.jsonl")
 _NUMBERS = [
     ("log", "loss_smooth", "smoothed loss", ".4f"), ("timing", "images_per_second", "images per second", ".1f"),
     ("timing", "data_wait", "waiting for data", ".0%"),
@@ -83,8 +86,11 @@ class WatchPages:
                 raise UserError("watch-run-twice", f"{folder} is given twice; give each run once")
         self.folders = folders
         self._lock = threading.Lock()
+        self._labels = list(short_names([folder.resolve().as_posix() for folder in folders]).values())
         self._signature: object = None
+        self._next_build = 0.0
         self._runs: list[RunData] = []
+        self._problems: dict[Path, str] = {}
         self._sections: list[Section] = []
 
     def page(self) -> str:
@@ -94,12 +100,23 @@ class WatchPages:
     def sections(self) -> list[Section]:
         with self._lock:
             signature = [self._signature_of(folder) for folder in self.folders]
-            if signature != self._signature:
-                started = [folder for folder in self.folders if read_rows(folder / "log.jsonl", {"step": int})]
-                self._runs = read_runs(started) if started else []
+            started_at = time.monotonic()
+            if signature != self._signature and started_at >= self._next_build:
+                self._read()
                 self._sections = self._build()
                 self._signature = signature
+                finished_at = time.monotonic()
+                self._next_build = finished_at + PAUSE * (finished_at - started_at)
             return [page.table_section(self._progress()), *self._sections]
+
+    def _read(self) -> None:
+        """Read the runs. Their labels and colours do not depend on which of them can be read."""
+        self._runs, self._problems = [], {}
+        for i, (folder, label) in enumerate(zip(self.folders, self._labels, strict=True)):
+            try:
+                self._runs.append(read_run(folder, label, COLOURS[i % len(COLOURS)]))
+            except UserError as error:
+                self._problems[folder] = "no log row yet" if error.code == "compare-no-rows" else str(error)
 
     def grid(self, number: int, name: str) -> bytes | None:
         """Return a sample grid's file, or None if there is none of that name."""
@@ -112,10 +129,12 @@ class WatchPages:
     @staticmethod
     def _signature_of(folder: Path) -> list[object]:
         """Return what changes when a file of a run does."""
-        paths = [folder / name for name in FILES]
-        stats = [path.stat() if path.exists() else None for path in paths]
-        grids = sorted(path.name for path, *_ in grid_files(folder / "samples"))
-        return [[(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats], grids]
+        stamps: list[object] = []
+        for name in FILES:
+            with suppress(OSError):  # a file that is not there, or was deleted just now
+                status = os.stat(folder / name)
+                stamps.append((name, status.st_size, status.st_mtime_ns))
+        return [stamps, sorted(path.name for path, *_ in grid_files(folder / "samples"))]
 
     def _build(self) -> list[Section]:
         runs = self._runs
@@ -146,8 +165,10 @@ class WatchPages:
     def _progress(self) -> Table:
         """Return a table with one column per run, which fits a phone."""
         runs = {run.folder: run for run in self._runs}
-        columns = [_progress_of(runs[folder]) if folder in runs else {"state": "no log row yet"} for folder in self.folders]
-        names = [runs.get(folder, folder.resolve().name) for folder in self.folders]
+        columns = [
+            _progress_of(runs[folder]) if folder in runs else {"state": self._problems[folder]} for folder in self.folders
+        ]
+        names = [runs.get(folder, label) for folder, label in zip(self.folders, self._labels, strict=True)]
         rows: list[Words] = [
             [fact, *(column.get(fact, ABSENT) for column in columns)] for fact in dict.fromkeys(chain(*columns))
         ]
@@ -159,14 +180,16 @@ class WatchPages:
             warnings = read_rows(run.folder / "warnings.jsonl", {"time": (int, float), "step": int, "text": str})
             for row in warnings[: -WARNINGS - 1 : -1]:
                 when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["time"]))
-                rows.append([run, when, f"{row['step']:,}", row["text"]])
-        return Table("Warnings", f"The newest {WARNINGS} of each run.", ["run", "time", "step", "warning"], rows)
+                rows.append([when, row["text"], f"{row['step']:,}", run])
+        return Table("Warnings", f"The newest {WARNINGS} of each run.", ["time", "warning", "step", "run"], rows)
 
 
 def _progress_of(run: RunData) -> dict[str, str]:
     row: LogRow = run.log[-1]
     timing: LogRow = next((timing for timing in reversed(run.timing) if timing["step"] == row["step"]), {})
-    age = max(time.time() - (run.folder / "log.jsonl").stat().st_mtime, 0.0)
+    age = 0.0
+    with suppress(OSError):  # the folder was deleted just now
+        age = max(time.time() - (run.folder / "log.jsonl").stat().st_mtime, 0.0)
     total = timing.get("stage_steps", 0)
     facts = {
         "state": "finished" if run.finished else f"last log row {duration(age)} ago",
@@ -192,6 +215,10 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
+        with suppress(ConnectionError):  # the browser has left
+            self._respond()
+
+    def _respond(self) -> None:
         name = self.headers.get("Host", "").rpartition(":")[0]
         if name not in (HOST, "localhost"):  # a page elsewhere may point its own name at this machine
             return self.send_error(HTTPStatus.FORBIDDEN)

@@ -1,6 +1,9 @@
 """`fastsd watch`: what the page shows of runs that train, its refresh, and that it is read-only and local."""
 
+import html
 import json
+import re
+import shutil
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +13,11 @@ from io import StringIO
 
 import pytest
 from run_folders import jsonl, row, validation_row
-from sentences import refused
+from sentences import refused, says
 
+from fastsd.compare import charts
 from fastsd.compare import watch as module
+from fastsd.compare.runs import COLOURS
 from fastsd.compare.watch import HOST, WatchPages, watch
 from fastsd.console import Console
 
@@ -57,6 +62,7 @@ def test_a_finished_run_has_no_eta_and_one_without_rows_says_so(training, make_r
 def test_sections_are_built_again_if_a_file_has_changed(training, monkeypatch):
     pages, builds = WatchPages([training]), []
     build = pages._build
+    monkeypatch.setattr(module, "PAUSE", 0.0)
     monkeypatch.setattr(pages, "_build", lambda: builds.append(1) or build())
     before = sections_of(pages)
     sections_of(pages)
@@ -67,6 +73,58 @@ def test_sections_are_built_again_if_a_file_has_changed(training, monkeypatch):
     assert len(builds) == 2 and after["training-loss"] != before["training-loss"] and "0.1250" in after["progress"]
     (training / "samples" / "unet-00000004.png").write_bytes((training / "samples" / "unet-00000002.png").read_bytes())
     assert "unet-00000004.png" in sections_of(pages)["samples"]
+
+
+def test_a_build_of_a_long_log_takes_a_tenth_of_the_time(training, monkeypatch):
+    clock, builds = [100.0], []
+    pages = WatchPages([training])
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pages, "_build", lambda: builds.append(clock.__setitem__(0, clock[0] + 4)) or [])
+    for seconds, count in ((0, 1), (30, 1), (7, 2)):  # the first build ends at 104 and takes 4 s, so the next is at 140
+        clock[0] += seconds
+        with open(training / "log.jsonl", "a") as file:
+            file.write(jsonl([row(4 + len(builds), stage_step=4)]))
+        pages.sections()
+        assert len(builds) == count
+
+
+def test_a_run_that_disappears_or_breaks_leaves_the_others(training, make_run, monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+    other = make_run("x/a", [row(1)])
+    pages = WatchPages([training, other])
+    colour = [run.colour for run in pages._runs or (pages.sections() and pages._runs)][1]
+    (training / "config.json").write_text("{")
+    progress = sections_of(pages)["progress"]
+    assert says(html.unescape(progress), "compare-config-unreadable", path=training / "config.json")
+    shutil.rmtree(training)
+    sections = sections_of(pages)
+    assert says(sections["progress"], "compare-no-run", folder=training) and "x/a" in sections["progress"]
+    assert colour in sections["training-loss"]  # not that of the run that is gone
+
+
+def contrast(first, second):
+    """Source: WCAG 2.2, contrast ratio and relative luminance."""
+    luminances = []
+    for colour in (first, second):
+        colour = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
+def test_texts_and_curves_have_enough_contrast_and_size(training):
+    """WCAG AA: 4.5 for texts, 3 for curves. Texts have 11 px at the smallest width at which a page shows a chart."""
+    text = WatchPages([training]).page()
+    papers = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)]
+    assert len(papers) == 2
+    for paper in papers:
+        assert all(contrast(paper[name], paper["paper"]) >= 4.5 for name in ("ink", "soft", "link", "mark"))
+        assert all(contrast(colour, paper["paper"]) >= 3 for colour in COLOURS)
+    sizes = [float(size) for size in re.findall(r"font: (?:\w+ )?([\d.]+)px", text)]
+    breakpoint = int(re.search(r"max-width: (\d+)px\) \{  /\*", text)[1])
+    for width, inches in ((breakpoint - 48, charts.WIDE), (376, charts.NARROW)):
+        assert min(sizes) * width / (72 * inches) >= 11 and sizes
 
 
 @contextmanager

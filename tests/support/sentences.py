@@ -22,7 +22,7 @@ def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
 
     A warning follows its word, or is a whole text that nothing has printed yet. CONFIG is a field: a command line fills it in.
     """
-    sentence = SENTENCES[name].replace("CONFIG", "{config}")
+    sentence = SENTENCES[name].replace("CONFIG", "{CONFIG}")
     parts = re.split(r"\{(\w+)\}", sentence)
     assert not fields.keys() - set(parts[1::2]), f"{name}: {sentence!r} has no field {sorted(fields)}"
     for i, text in enumerate(parts):
