@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fastsd.bench.counters import COPY, kind_of_wait
 from fastsd.train import device as devices
+from fastsd.train import graph
 from fastsd.train.memory import LiveBytes
 from fastsd_kernels import REFERENCE
 
@@ -424,6 +425,7 @@ def _torch_cuda(gpu: StandIn) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     """Run a script or a module with one GPU, as `python` does."""
+    graph.WARM_UP = 1  # eager steps prepare a GPU's allocator and libraries, and here are none
     is_module = words[0] == "-m"
     sys.argv = words[is_module:]
     with StandIn():

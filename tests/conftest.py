@@ -13,6 +13,13 @@ from commandline import command_line, processes
 from filelock import FileLock
 from tiny import make_tiny_model, write_images
 
+from fastsd.train import graph
+
+if not environment.ON_GPU:
+    graph.WARM_UP = 1  # eager steps prepare a GPU's allocator and libraries, and the stand-in has none
+# No test cuts the power, so a flush would only wait for a disk. Processes that tests start do flush.
+os.fsync = os.fstat
+
 
 @pytest.fixture
 def whole_machine(tmp_path_factory):

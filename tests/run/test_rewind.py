@@ -130,7 +130,6 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.mark.parametrize(("error", "after"), [(KeyboardInterrupt(), False), (KeyboardInterrupt(), True), (FULL, False)])
 def test_a_kill_or_a_full_disk_at_any_moment_loses_nothing(error, after, folder, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of them would take long; what they flush is tested below
     before, tried, number = contents(folder), folder.with_name("undisturbed"), 0
     shutil.copytree(folder, tried)
     set_aside(tried, 4)

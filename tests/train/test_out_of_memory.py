@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.unet import UNetConfig
-from fastsd.train import graph
 from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
 
@@ -157,7 +156,6 @@ def test_finished_stage_frees_its_memory_without_a_collection(settings, tmp_path
 def test_recovers_at_any_point_of_steps_with_a_graph(tmp_path, monkeypatch):
     """The points lie in eager steps, in the capture, and around a replay. All later bits are those of a planned reduction."""
     monkeypatch.setattr(gc, "collect", lambda: 0)
-    monkeypatch.setattr(graph, "WARM_UP", 1)
     settings = stage_of(**OPTIMIZERS["dlion"], precision="bf16", grad_clip=1.0)
     steps, outcomes = 3, Counter()
 
