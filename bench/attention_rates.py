@@ -23,7 +23,7 @@ from fastsd_kernels.cards import CARDS
 from fastsd_kernels.prediction import LAUNCH_US
 
 TABLE = Path(__file__).parents[1] / "fastsd/plan/attention_rates.json"
-BATCH = 8
+BATCH, TEXT = 8, 77  # images, tokens
 FILES = [file.stem for file in Path(fastsd_kernels.attention.__file__).parent.glob("attention*.py")]
 Rates = dict[str, dict[str, dict[str, dict[str, float]]]]
 
@@ -34,8 +34,9 @@ def rates(rows: list[Row]) -> Rates:
     microseconds: dict[tuple[str, ...], float] = defaultdict(float)
     for row in rows:
         sizes = [[int(n) for n in shape.split("x")] for shape in row.shape.split()]
+        # A kernel that adds partial sums has (copies, batch * heads, rows, size) first, and the gradient last.
         (batch, queries, heads, size), keys = sizes[0], sizes[-1][1]
-        kind = ("forward" if row.kernel.startswith("forward") else "backward") + (", text" if keys < queries else "")
+        kind = ("forward" if row.kernel.startswith("forward") else "backward") + (", text" if keys == TEXT else "")
         key = row.precision, CARDS[row.card].name, str(size), kind
         microseconds[key] += row.count * (row.us - LAUNCH_US)
         if kind.startswith("forward"):

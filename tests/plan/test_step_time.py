@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from attention_rates import rates
 from cudnn_workspace import load_cudnn
+from kernel_times import Row
 from predictions import END, README, RESULTS, START, reference_rows, rounded, table
 
 from fastsd.plan import step_time
@@ -54,6 +56,21 @@ def test_a_pass_takes_the_time_of_its_bytes_and_launches():
     fewest, most = step_seconds({operation: 2}, CARD, "bf16")
     assert fewest == pytest.approx(2 * (1e9 / (0.92 * 1008e9) + 3 * 1.5e-6))
     assert most == pytest.approx(2 * (1e9 / (0.85 * 0.92 * 1008e9) + 3 * 3e-6))
+
+
+def test_launches_of_attention_to_text_count_there():
+    """Also those that add partial sums of dk and dv, and those of 64 queries."""
+
+    def row(kernel: str, shape: str, count: int, us: float) -> Row:
+        return Row("H200", "bf16", 8, "attention", kernel, shape, count, us + 2.5, us, "l2", 1, 1, 1, 0, 0, 0, 0, 0)
+
+    rows = [row("forward", "8x64x8x160", 1, 10), row("backward_kv k v", "8x64x8x160", 1, 20)]
+    text = [row("forward", "8x64x8x160 8x77x8x160", 1, 30), row("backward_kv k v", "8x64x8x160 8x77x8x160", 1, 40)]
+    text.append(row("add_copies", "2x64x77x160 8x77x8x160", 2, 5))
+    product = 2e-6 * 8 * 8 * 64 * 160
+    expected = {"forward": 2 * 64 * product / 10, "backward": 5 * 64 * product / 20}
+    expected |= {"forward, text": 2 * 77 * product / 30, "backward, text": 5 * 77 * product / 50}
+    assert rates(rows + text)["bf16"]["H200"]["160"] == pytest.approx(expected, rel=0.01)
 
 
 def test_attention_takes_its_predicted_rate_and_cards_without_one_that_of_the_nearest():
