@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commandline import fastsd
+from huggingface_hub.errors import LocalEntryNotFoundError
 from model_files import make_small_sd15, single_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from tiny import make_tiny_model, tiny_vae
 from fastsd.commands.init import DISPLAY, Answers, init
 from fastsd.commands.job_file import GOALS
 from fastsd.config.reference import entries
-from fastsd.config.schema import load_config
+from fastsd.config.schema import BucketTable, load_config
 from fastsd.console import Console
 from fastsd.demo.demo import MODELS
 from fastsd.model.unet import UNetConfig
@@ -207,3 +208,19 @@ def test_a_model_without_a_component_is_named(demo, tmp_path):
     save_file(unet, tmp_path / "no-vae.safetensors")
     with refused("init-component", option="--base", component="vae"):
         init(tmp_path / "job.toml", replace(demo, base=str(tmp_path / "no-vae.safetensors")), console=Console(quiet=True))
+
+
+def test_a_base_that_is_not_on_this_machine(photos, tmp_path, monkeypatch):
+    """A hub id is not downloaded. It counts as SD1.5, and 512 px have the default buckets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastsd.plan.fitting.fitting_stage", lambda shapes, stages, *rest: stages[0])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", local_only)
+    init(Path("job.toml"), Answers(base="nobody/nothing", vae="nobody/a-vae", images=str(photos)), console=Console(quiet=True))
+    config = load_config("job.toml")
+    assert (config.model.base, config.model.vae, config.data.resolution) == ("nobody/nothing", "nobody/a-vae", 512)
+    assert config.data.buckets == BucketTable() and config.stage[0].optimizer == "dlion"
+
+
+def local_only(name, local_files_only=False):
+    assert local_files_only
+    raise LocalEntryNotFoundError(name)
