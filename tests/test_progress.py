@@ -66,8 +66,9 @@ def test_work_without_a_total_is_named_while_it_lasts(clock, plain, monkeypatch)
     monkeypatch.setattr(console, "SOON", 0.01)
     with shown(plain), work("listing"), work("reading"):
         clock.pass_seconds(2)
-        while not plain.file.getvalue():
-            time.sleep(0.01)
+        for _ in range(500):
+            if not plain.file.getvalue():
+                time.sleep(0.01)
     assert plain.file.getvalue() == "listing | reading\n"
 
 

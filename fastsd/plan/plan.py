@@ -92,7 +92,7 @@ class StagePlan:
                 self._rehearsals[whole_batch] = Rehearsal(
                     self.shapes, self.stage, self.side, self.ops, micro_batch, cached_text=self.cached_text
                 )
-            with work(f"a step with micro-batch {micro_batch_size}, checkpointing {level}, on tensors without data"):
+            with work(f"rehearsing micro-batch {micro_batch_size}, checkpointing {level}"):
                 self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         need = self._needs[micro_batch_size, level]
         if self.ops is not TRITON:  # on a CPU
