@@ -17,7 +17,7 @@ def fitting_stage(
 ) -> StageTable | None:
     """Return the first of `candidates` that fits, with its largest micro-batch. Arguments are as of `plan_stage`.
 
-    The checkpointing level is the first that leaves room for `ENOUGH` images per forward, or else for any.
+    The checkpointing level is the first that leaves room for `ENOUGH` images per forward, or for the most.
 
     Returns:
         The candidate with `micro_batch` and `checkpointing` set; None if no candidate fits.
@@ -27,7 +27,7 @@ def fitting_stage(
         if not plan.largest_micro_batch(checkpointing=LEVELS[-1]):  # the least memory
             continue
         largest = {level: plan.largest_micro_batch(checkpointing=level) for level in LEVELS}
-        fewest = min(ENOUGH, stage.batch) if max(largest.values()) >= ENOUGH else 1
+        fewest = min(ENOUGH, max(largest.values()))
         level = next(level for level, size in largest.items() if size >= fewest)
         return stage.model_copy(update={"micro_batch": largest[level], "checkpointing": level})
     return None

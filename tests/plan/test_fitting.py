@@ -1,43 +1,34 @@
-"""The settings that `fastsd init` chooses for a card."""
+"""The rule by which `fastsd init` chooses settings for a card. `tests/commands/test_init.py` compares them with the plan."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from plan_check import SMALL
 
 from fastsd.config.stages import StageTable
-from fastsd.plan.fitting import ENOUGH, fitting_stage
-from fastsd.plan.plan import LEVELS, plan_stage
+from fastsd.plan.fitting import fitting_stage
 
-pytestmark = pytest.mark.slow
-
-LION = {"optimizer": "lion", "lr": 1e-5}
-CANDIDATES = [
-    StageTable(train=["unet"], until=1, batch=2, precision="bf16", **keys)
-    for keys in ({}, LION, LION | {"fused_backward": True})
-]
+DLION, LION = (StageTable(train=["unet"], until=1, optimizer=name, lr=1e-5) for name in ("dlion", "lion"))
 
 
-def test_the_first_candidate_that_fits_is_chosen(monkeypatch):
-    """Its checkpointing level is the first with enough images per forward, and its micro-batch is the largest there."""
-    shapes = replace(SMALL[0], unet=replace(SMALL[0].unet, block_out_channels=(32, 64), attention=(True, False)))
-    plans = [plan_stage(shapes, stage, 64, 0) for stage in CANDIDATES]
+@pytest.mark.parametrize(
+    "dlion, lion, chosen",
+    [
+        ((8, 16, 32), (32, 32, 32), ("dlion", 8, "none")),
+        ((2, 4, 32), (32, 32, 32), ("dlion", 4, "ff")),
+        ((0, 1, 2), (32, 32, 32), ("dlion", 2, "block")),
+        ((1, 1, 1), (32, 32, 32), ("dlion", 1, "none")),
+        ((0, 0, 0), (0, 2, 16), ("lion", 16, "block")),
+    ],
+)
+def test_the_first_candidate_that_fits_is_chosen(dlion, lion, chosen, monkeypatch):
+    """The level is the first that has room for four images per forward, or for the most."""
+    sizes = {name: dict(zip(("none", "ff", "block"), row, strict=True)) for name, row in (("dlion", dlion), ("lion", lion))}
 
-    def reused(shapes, stage, resolution, device_bytes, card):
-        plan = plans[CANDIDATES.index(stage)]
-        plan.device_bytes = device_bytes
-        return plan
+    def planned(shapes, stage, resolution, device_bytes, card):
+        return SimpleNamespace(largest_micro_batch=lambda checkpointing: sizes[stage.optimizer][checkpointing])
 
-    monkeypatch.setattr("fastsd.plan.fitting.plan_stage", reused)
-    least = [min(plan.need(n, level).total for n in plan.micro_batches for level in LEVELS) for plan in plans]
-    assert least == sorted(least, reverse=True)
-    assert fitting_stage(shapes, CANDIDATES, 64, least[-1] - 1) is None
-    for number, room in [*enumerate(least), (0, 1 << 40)]:
-        stage = fitting_stage(shapes, CANDIDATES, 64, room)
-        settings = {"micro_batch": stage.micro_batch, "checkpointing": stage.checkpointing}
-        assert stage == CANDIDATES[number].model_copy(update=settings)
-        sizes = {level: plans[number].largest_micro_batch(room, level) for level in LEVELS}
-        assert stage.micro_batch == sizes[stage.checkpointing] > 0
-        earlier = [sizes[level] for level in LEVELS[: LEVELS.index(stage.checkpointing)]]
-        assert all(size < min(ENOUGH, max(sizes.values())) for size in earlier)
-    assert stage.checkpointing == "none" and stage.micro_batch == 2
+    monkeypatch.setattr("fastsd.plan.fitting.plan_stage", planned)
+    stage = fitting_stage(None, [DLION, LION], 512, 0)
+    assert (stage.optimizer, stage.micro_batch, stage.checkpointing) == chosen
+    sizes = {name: dict.fromkeys(("none", "ff", "block"), 0) for name in sizes}
+    assert fitting_stage(None, [DLION, LION], 512, 0) is None
