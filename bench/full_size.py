@@ -75,7 +75,7 @@ def run(folder: Path, *words: str) -> dict[str, float]:
     """Run one command as a process and return its seconds and peak resident GB."""
     print("$ fastsd", *words, flush=True)
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "fastsd.cli", *words], cwd=folder)
+    process = subprocess.Popen([sys.executable, "-m", "fastsd", *words], cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"fastsd {words[0]} failed with wait status {status}")

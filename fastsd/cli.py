@@ -75,10 +75,17 @@ def train(
     start: args.StartCheckpoint = "",
 ) -> None:
     """Train the stages of CONFIG. Run the same command again to resume."""
-    loaded = _load(config, overrides, precision)
+    try:
+        loaded = _load(config, overrides, precision)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun: another process on this machine prints the same
+            raise typer.Exit(2) from None
+        raise
     from fastsd.run.loop import train
+    from fastsd.train.ranks import joined_ranks
 
-    train(loaded, start=start)
+    with joined_ranks() as ranks:
+        train(loaded, start=start, ranks=ranks)
 
 
 @app.command(epilog=examples("cache configs/xlsd.toml", "cache configs/xlsd.toml --verify"))
@@ -440,7 +447,3 @@ def program() -> None:
         from fastsd.run.signals import end_at_signals
 
         end_at_signals()
-
-
-if __name__ == "__main__":
-    program()

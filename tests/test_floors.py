@@ -21,7 +21,7 @@ FLOORS = {
     "fastsd.run": 6,
     "fastsd.commands": 7,
     "fastsd.compare": 8, "fastsd.demo": 8,
-    "fastsd.arguments": 8.5, "fastsd.cli": 9,
+    "fastsd.arguments": 8.5, "fastsd.cli": 9, "fastsd.__main__": 9.5,
 }  # fmt: skip
 FLOOR_0 = {"torch", "triton", "fastsd_kernels", "math", "enum", "dataclasses", "collections", "typing", "__future__",
            "contextlib"}  # fmt: skip
@@ -137,7 +137,7 @@ def planted_in(module: str, text: str) -> dict[str, str]:
 def test_every_folder_has_a_floor_and_few_files_are_loose():
     folders = {module_of(path.parent / "__init__.py") for path in FILES}
     assert folders <= FLOORS.keys()
-    assert len([path for path in FILES if path.parent == ROOT / "fastsd"]) <= 6
+    assert len([path for path in FILES if path.parent == ROOT / "fastsd"]) <= 7
 
 
 def test_files_of_one_name_hold_the_same_kind_of_thing():
@@ -186,7 +186,7 @@ def test_files_and_functions_are_short(path):
 
 def test_each_folder_tells_its_floor():
     for folder, floor in FLOORS.items():
-        if folder not in ("fastsd", "fastsd.arguments", "fastsd.cli"):
+        if folder not in ("fastsd", "fastsd.arguments", "fastsd.cli", "fastsd.__main__"):
             assert ast.get_docstring(ast.parse(SOURCES[folder])).startswith(f"Floor {floor}: "), folder
 
 

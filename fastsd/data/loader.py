@@ -49,7 +49,7 @@ class Batch:
         positions_B: global sample positions, int64. All random numbers of a sample depend on its position.
         captions: the tokenized text, after edits and dropout.
         text_embeds_BLD: text embeddings in the cache's dtype; None = they are not cached.
-        samples_B: indices of the samples in the cache, int64.
+        samples_B: indices in the cache of the samples of all workers, int64.
         weight_B: the factor of each sample's loss, fp32; None = all are 1.
         mask_B1HW: uint8, 255 where the loss counts in full; None = everywhere.
     """
@@ -148,7 +148,7 @@ class Loader:
 
         worker_count = count // self.world
         share = slice(self.rank * worker_count, (self.rank + 1) * worker_count)
-        positions_B, index_B, token_ids_BL = positions_B[share], index_B[share], token_ids_BL[share]
+        samples_B, positions_B, index_B, token_ids_BL = index_B, positions_B[share], index_B[share], token_ids_BL[share]
         captions, variant_index_B = captions[share], variant_index_B[share]
         has_versions = self.cache.versions > 1
         version_B = integers(self.seed, Purpose.VERSION, positions_B, self.cache.versions) if has_versions else None
@@ -160,7 +160,7 @@ class Loader:
 
         token_ids_BL, weight_B = _pin(token_ids_BL), _pin(self._weights(index_B))
         mask_B1HW = _pin(self._masks.get(index_B, version_B, latents.shape[-2:])) if self._masks else None
-        return Batch(latents, token_ids_BL, _pin(positions_B), captions, text_embeds_BLD, index_B, weight_B, mask_B1HW)
+        return Batch(latents, token_ids_BL, _pin(positions_B), captions, text_embeds_BLD, samples_B, weight_B, mask_B1HW)
 
     def _weights(self, index_B: Tensor) -> Tensor | None:
         """Return the loss factor of each sample: the factor of its folder times the sample's own factor."""

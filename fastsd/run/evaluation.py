@@ -26,6 +26,7 @@ from fastsd.sampling.generate import BATCH
 from fastsd.sampling.grid import sample_grid, save_grid
 from fastsd.sampling.prompts import images_of
 from fastsd.storage import make_folder
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 
 Result = TypeVar("Result")
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Evaluation:
-    """Draws samples and runs validation in the run's current stage."""
+    """Draws samples and runs validation in the run's current stage, on rank 0. The other ranks do nothing."""
 
     config: Config
     model: Model
@@ -42,6 +43,7 @@ class Evaluation:
     position: Position
     report: TrainReport
     cost: CostRecorder
+    ranks: Ranks = ALONE
 
     def missing(self) -> list[Callable[[Step], None]]:
         """Return the evaluations that were due after the newest checkpoint, but have no results because the run was ended."""
@@ -56,6 +58,8 @@ class Evaluation:
 
     def sample(self, step: Step, stop: StopSignals | None = None) -> None:
         """Draw the config's sample grid, with the current weights or with the EMA weights. A signal ends the drawing."""
+        if not self.ranks.main:
+            return
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
         path, weights = self._grid_path()
@@ -92,7 +96,7 @@ class Evaluation:
 
         A signal ends the measurement without a result.
         """
-        if self.sets.measured:
+        if self.sets.measured and self.ranks.main:
             progress, console = self.position.progress, self.report.console
             stage = self.config.stage_name(progress.stage)
 

@@ -43,6 +43,9 @@ def header(run: Run) -> dict[str, str]:
         "cache": f"{meta.cached} of {meta.images} images cached{rejected}{embeddings} ({config.cache.dir})",
         "stages": "\n".join(stages),
     }
+    if (ranks := run.ranks).world > 1:
+        sent = size_text(max(run.parameter_counts) * 4 * 2 * (ranks.world - 1) / ranks.world)
+        lines["ranks"] = f"{ranks.world}, each with 1/{ranks.world} of a batch; each sends {sent} of gradients a step"
     if config.model.clip_skip:
         lines["text"] = clip_skip_note(config.model.clip_skip)
     lines["line"] = legend(

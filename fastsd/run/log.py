@@ -133,4 +133,5 @@ def _mfu_per_speed(run: Run, step: Step) -> float | None:
     if gpu is None:
         return None
     peak = {"fp32": gpu.fp32, "tf32": gpu.tf32, "bf16": gpu.bf16}[step.stage.precision]
-    return 3 * forward_flops(run.model.unet.cfg, run.config.data.resolution // run.model.vae.downscale) / (peak * 1e12)
+    flops = 3 * forward_flops(run.model.unet.cfg, run.config.data.resolution // run.model.vae.downscale)
+    return flops / (peak * 1e12 * run.ranks.world)

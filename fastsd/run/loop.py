@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
@@ -21,24 +22,30 @@ from fastsd.run.run import Run, open_run
 from fastsd.run.signals import StopSignals, stop_signals
 from fastsd.run.stage_kernels import compile_stages
 from fastsd.run.stage_start import evaluate_end, start_stage
-from fastsd.run.triggers import Triggers
+from fastsd.run.triggers import Due, Triggers
 from fastsd.train.precision import precision_switches
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 
 
-def train(config: Config, console: Console = STDOUT, *, export: bool = True, start: str = "") -> None:
+def train(config: Config, console: Console = STDOUT, *, export: bool = True, start: str = "", ranks: Ranks = ALONE) -> None:
     """Train all stages of a config, from the start or from the newest checkpoint, and export the model if `export` is True.
 
     Args:
         start: name of the checkpoint to go back to; "" = resume from the newest.
+        ranks: the processes that train the run together. Each of them calls this function.
 
     Raises:
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with stop_signals(Path(config.run)) as signals, notified_end(config, console):
+    with (
+        own_folder(config, console, ranks) as (config, console),
+        stop_signals(Path(config.run)) as signals,
+        notified_end(config, console),
+    ):
         try:
-            while not _train_once(config, console, signals, start, export=export):
+            while not _train_once(config, console, signals, start, ranks, export=export):
                 gc.collect()  # the exception's traceback refers to the old model
                 start = ""
         except KeyboardInterrupt:
@@ -47,15 +54,28 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True, sta
             raise Stopped(f"{config.run}: stopped, {signals.describe()}") from None
 
 
-def _train_once(config: Config, console: Console, signals: StopSignals, start: str, *, export: bool) -> bool:
+@contextmanager
+def own_folder(config: Config, console: Console, ranks: Ranks) -> Iterator[tuple[Config, Console]]:
+    """Give ranks other than 0 a scratch folder in place of the run's, and a console that nobody sees."""
+    if ranks.main:
+        yield config, console
+        return
+    with TemporaryDirectory(prefix="fastsd-rank-") as folder:
+        silent = config.log.model_copy(update={"tensorboard": False, "wandb": "", "notify": ""})
+        yield config.model_copy(update={"run": folder, "log": silent}), Console(quiet=True, force_terminal=False)
+
+
+def _train_once(config: Config, console: Console, signals: StopSignals, start: str, ranks: Ranks, *, export: bool) -> bool:
     """Open a run and train it to its end. Return False if it has gone back to a checkpoint instead."""
-    with open_run(config, console, start) as run:
+    with open_run(config, console, start, ranks) as run:
         try:
             train_stages(run, signals)
         except StepsSkipped as failure:
-            roll_back(run, failure)
+            if ranks.main:
+                roll_back(run, failure)
+            ranks.wait()
             return False
-        if export:
+        if export and ranks.main:
             export_run(run)
     return True
 
@@ -80,7 +100,7 @@ def train_stages(run: Run, signals: StopSignals) -> None:
 
 def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> None:
     """Train one stage to its end. After each step, profile, log, save a checkpoint, validate and sample if they are due."""
-    stage, position = run.config.stage[index], run.position
+    stage, position, ranks = run.config.stage[index], run.position, run.ranks
     train_step = start_stage(run, index, switches)
     compile_stages(run, index, train_step.micro_batch_size)
     log, triggers = Log(run, train_step, index), Triggers(run, index)
@@ -100,7 +120,8 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
         for batch in _saved_if_unreadable(run, train_step, log, batches):
             result = train_step(batch, position.progress.stage_step)
             run.advance(train_step, result)
-            done, due = position.at_end(index), triggers.after_step()
+            done, *actions = ranks.decided((position.at_end(index), *triggers.after_step()))
+            due = Due(*actions)
             position.mark(done=done, validation=due.validation or done, samples=due.samples or done)
             with log.paused():
                 profiler.after_step(position.progress.step, requested=due.profile)
@@ -125,7 +146,7 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                 with log.paused():
                     run.evaluation.sample(train_step, signals)
 
-            if signals:
+            if ranks.any_rank(signals):
                 raise _stopped(run, train_step, log)
 
             if done:
@@ -155,6 +176,7 @@ def _stopped(run: Run, train_step: Step, log: Log) -> Exception:
     """Save a checkpoint, unless this step has one, and return the exception that ends the run."""
     if not run.saving.is_saved:
         _save(run, train_step, log, wait=True)
+    run.ranks.wait()  # when one rank ends, torchrun ends the others: rank 0 in the middle of its checkpoint
     step = run.position.progress.step
     if run.saving.is_saved:
         return Stopped(f"{run.folder}: stopped at step {step}")

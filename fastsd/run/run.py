@@ -37,6 +37,7 @@ from fastsd.sampling.grid import check_samples
 from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.storage import make_folder, replace_file
 from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.ranks import ALONE, Ranks, check_stage, graph_note, local_device
 from fastsd.train.schedule import check_length
 from fastsd.train.stage_notes import stage_notes
 from fastsd.train.step import Step, StepResult
@@ -54,6 +55,7 @@ class Run:
         cost: seconds, steps and memory of each stage.
         parameter_counts: number of parameters that each stage trains.
         warnings: messages to the user about this start, one line each.
+        ranks: the processes that train this run.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Run:
     report: TrainReport
     parameter_counts: list[int]
     warnings: list[str]
+    ranks: Ranks = ALONE
 
     @property
     def console(self) -> Console:
@@ -90,38 +93,43 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]:
+def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = ALONE) -> Iterator[Run]:
     """Open the run of a config, and lock its folder until the context exits.
 
     Args:
         start: name of the checkpoint to go back to; "" = resume from the newest.
+        ranks: the processes that train the run. All ranks go on from the checkpoint that rank 0 chooses.
 
     Raises:
         UserError: the user must change something before training can start or continue.
     """
+    for index, stage in enumerate(config.stage):
+        check_stage(stage, config.stage_name(index), ranks)
     folder = Path(config.run)
     make_folder(folder)
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
         if earlier := finish_setting_aside(folder):
             console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
-        device = choose_device(config.device, console)
+        device = choose_device(local_device(config.device, ranks), console)
         ops = choose_ops(config.kernels, device)
         back = checkpoint_named(folder, start, config, console) if start else None
         opened = (
             checkpoint.open_checkpoint(back, config.model) if back else checkpoint.newest(folder / "checkpoints", config.model)
         )
+        if chosen := ranks.text(str(opened[0].resolve()) if opened else ""):
+            opened = opened or (Path(chosen), checkpoint.read_progress(Path(chosen)), [])
         newest, saved_progress, warnings = opened or (None, None, [])
         warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
         progress = saved_progress or RunProgress()
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
         model = _load_model(config, ops, newest)
-        warnings += model.notes
+        warnings += graph_note(ranks, device, graph=config.cuda_graph) + model.notes
         check_samples(model, config)
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
         with work("opening the cache"):
-            data = stack.enter_context(closing(TrainingData(config, model, saved)))
+            data = stack.enter_context(closing(TrainingData(config, model, saved, ranks)))
         warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
@@ -150,14 +158,15 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         health.load_state_dict(saved)
         if newest:
             cost.record(position.progress, console)
-        saving = Saving(config, model, position, smoothed, health, report, cost, saved, data.sets)
+        saving = Saving(config, model, position, smoothed, health, report, cost, saved, data.sets, ranks)
         stack.enter_context(saving)
         if newest and ends_here:
             saving.keep_for_good(newest.name)
-        evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
+        evaluation = Evaluation(config, model, data.sets, validation, position, report, cost, ranks)
         args = config, folder, device, ops, model, data, position, smoothed, health, saving, evaluation, cost, report, counts
-        run = Run(*args, warnings)
-        stack.enter_context(noticed_changes(config, data.latents.name, console))
+        run = Run(*args, warnings, ranks)
+        if ranks.main:
+            stack.enter_context(noticed_changes(config, data.latents.name, console))
         for module in run.resident:
             module.to(device)
         yield run

@@ -30,6 +30,7 @@ from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.storage import replace_file
 from fastsd.train.memory import main_memory
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 from fastsd.train.trainable import host_copy
 
@@ -48,7 +49,7 @@ class Content:
 
 @dataclass
 class Saving:
-    """Writes the checkpoints of a run in a thread, while training goes on.
+    """Writes the checkpoints of a run in a thread, while training goes on. Ranks other than 0 write none.
 
     Everything that a checkpoint holds is first copied to main memory. If there is no room for the copies, training waits. It
     also waits for a run's first checkpoint and at the end of a stage. A crash during the writing costs only that checkpoint.
@@ -70,6 +71,7 @@ class Saving:
     cost: CostRecorder
     state: Mapping[str, Tensor]
     sets: ValidationSplits
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.run)
@@ -111,6 +113,11 @@ class Saving:
             wait: True to return only when it is written.
         """
         self.finish()
+        if not self.ranks.main:
+            self._saved_step, self.changed = self.position.progress.step, set()
+            if self._passes_on(self.position.progress):
+                self.state = checkpoint.load_state(Path(self.ranks.text()))
+            return
         if self.position.progress.stage_done:
             self.position.progress = replace(self.position.progress, costs=self.cost.of_complete_stage(self.position.progress))
         progress, components = replace(self.position.progress, healthy=self._check_health()), step.components
@@ -158,6 +165,10 @@ class Saving:
         later_stages = self.config.stage[progress.stage + 1 :]
         return not later_stages or later_stages[0].state == "carry"
 
+    def _passes_on(self, progress: RunProgress) -> bool:
+        """Return True if the optimizer state of a complete stage goes to the next one."""
+        return progress.stage_done and progress.stage + 1 < len(self.config.stage) and self._continues(progress)
+
     def _has_room(self, content: Content) -> bool:
         """Return True if main memory has room for copies. Warn the first time that it has not."""
         parameters = [parameter for name in content.changed for parameter in self.model.component(name).parameters()]
@@ -195,8 +206,8 @@ class Saving:
         self._saved_step = progress.step
         self.report.saved()
         if progress.stage_done:
-            if progress.stage + 1 < len(self.config.stage) and self._continues(progress):
-                self.state = checkpoint.load_state(path)
+            if self._passes_on(progress):
+                self.state = checkpoint.load_state(Path(self.ranks.text(str(path.resolve()))))
             self.cost.record(progress, self.report.console)
         self.retain(keep_checkpoints)
 

@@ -46,6 +46,8 @@ def compile_stages(run: Run, index: int, micro_batch_size: int) -> None:
     """
     if run.ops is not TRITON or INTERPRETED:
         return
+    if run.ranks.local_rank:
+        run.ranks.wait()  # the others take the kernels from Triton's cache
     remembered = _read(run.folder / FILE)
     kernels: dict[str, list[str]] = {}
     for i, stage in enumerate(run.config.stage[index:], index):
@@ -58,6 +60,8 @@ def compile_stages(run: Run, index: int, micro_batch_size: int) -> None:
         with suppress(OSError):  # then the next start records the launches again
             replace_file(run.folder / FILE, json.dumps(kernels, indent=0))
     compile_kernels([kernel for stage_kernels in kernels.values() for kernel in stage_kernels], run.console)
+    if not run.ranks.local_rank:
+        run.ranks.wait()
 
 
 def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecorder:

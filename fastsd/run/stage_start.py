@@ -57,7 +57,14 @@ def _create_step(run: Run, index: int, micro_batch_size: int) -> Step:
     config, carried = run.config, run.position.progress.carried
     cached_text = run.data.text_embeddings is not None
     args = run.model, config.stage[index], run.position.steps[index], config.seed, micro_batch_size
-    return Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.console.warn)
+    return Step(
+        *args,
+        graph=config.cuda_graph and run.ranks.world == 1,
+        cached_text=cached_text,
+        carried_steps=carried,
+        ranks=run.ranks,
+        warn=run.console.warn,
+    )
 
 
 def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
@@ -73,8 +80,9 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     available = free_memory(run.device) - scratch + resident_bytes
     cached_text, card = run.data.text_embeddings is not None, gpu_of(run.device)
     size = run.config.data.resolution, available
-    plan = plan_stage(Shapes.of(run.model), stage, *size, run.ops, cached_text=cached_text, card=card)
-    micro_batch_size = plan.largest_micro_batch()
+    share = stage.model_copy(update={"batch": run.ranks.share(stage.batch)})
+    plan = plan_stage(Shapes.of(run.model), share, *size, run.ops, cached_text=cached_text, card=card)
+    micro_batch_size = run.ranks.least(plan.largest_micro_batch())
 
     if micro_batch_size == 0:
         raise UserError(

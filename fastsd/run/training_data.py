@@ -14,6 +14,7 @@ from fastsd.data.tokens import Tokens
 from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.model import Model
+from fastsd.train.ranks import ALONE, Ranks
 
 
 class TrainingData:
@@ -21,6 +22,7 @@ class TrainingData:
 
     Args:
         config: config of the run.
+        ranks: the ranks that share each batch.
         model: model with the VAE and tokenizer that the cache must match.
         state: tensors of the checkpoint that the run resumes from, by which its validation images are found again.
 
@@ -36,8 +38,8 @@ class TrainingData:
         UserError: the cache is missing, damaged, or built for another model.
     """
 
-    def __init__(self, config: Config, model: Model, state: Mapping[str, Tensor]) -> None:
-        self._config, self._model = config, model
+    def __init__(self, config: Config, model: Model, state: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
+        self._config, self._model, self._ranks = config, model, ranks
         self.latents = LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))
         self.tokens: Tokens | None = None
         self.warnings = list[str]()
@@ -55,13 +57,15 @@ class TrainingData:
         self.warnings += filter(None, (rare_shapes(config, index, loader) for index, loader in enumerate(loaders)))
 
     def loader(self, index: int, origin: int = 0) -> Loader:
-        """Return the loader of batches for a stage that started after `origin` images of the run."""
+        """Return the loader of this rank's batches for a stage that started after `origin` images of the run."""
         config = self._config
         args = self.latents, self._model.text.tokenize, config.seed, config.stage[index]
         return Loader(
             *args,
             data=config.data,
             origin=origin,
+            rank=self._ranks.rank,
+            world=self._ranks.world,
             tokens=self.tokens,
             text_embeddings=self.text_embeddings,
             left_out=self.sets.left_out,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastsd.run.run import Run
 from fastsd.train.schedule import Interval, points
 
 
-@dataclass(frozen=True)
-class Due:
+class Due(NamedTuple):
     """The actions that are due after a step. A `permanent` checkpoint is never deleted."""
 
     log: bool

@@ -24,9 +24,11 @@ from fastsd.data.loader import Batch
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
+from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.graph import Graphs
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.schedule import ema_decay, learning_rate
 from fastsd.train.trainable import FusedUpdates, TrainableComponent
 from fastsd_kernels import noise
@@ -81,12 +83,14 @@ class Step:
         graph: capture the step as a CUDA graph, one per batch size. The results are the same.
         cached_text: True if batches contain text embeddings. The step then does not use the text encoder.
         carried_steps: number of steps in earlier stages whose optimizer state and EMA this stage continues.
+        ranks: the ranks that share each batch. Batches contain this rank's images only.
         warn: called with a line of text to warn the user.
 
     Attributes:
         components: all components of the step by name. Those that the stage trains also have an entry in `optimizers`.
         canary_errors: number of steps whose gradients were computed twice and differed, 0-dim int64 on the device.
-        micro_batch_size: images per forward. When memory runs out, it becomes the next smaller divisor of the batch.
+        images: images of a batch that this rank trains on.
+        micro_batch_size: images per forward, a divisor of `images`. When memory runs out, it becomes the next smaller one.
     """
 
     def __init__(
@@ -100,11 +104,14 @@ class Step:
         graph: bool = False,
         cached_text: bool = False,
         carried_steps: int = 0,
+        ranks: Ranks = ALONE,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.model, self.stage, self.total, self.carried_steps, self.warn = model, stage, total, carried_steps, warn
         self.trained = selected(model, stage.train, f"stage {stage.name!r}: train")
-        self.micro_batch_size = micro_batch_size or stage.micro_batch_size
+        self.ranks, self.images = ranks, ranks.share(stage.batch)
+        size = micro_batch_size or stage.micro_batch_size
+        self.micro_batch_size = size if ranks.world == 1 else max(n for n in range(1, size + 1) if self.images % n == 0)
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
         self.components = {name: self._component(name) for name in COMPONENTS if not (cached_text and name == "text_encoder")}
@@ -126,6 +133,7 @@ class Step:
             for name in self.trained:
                 self.components[name].send_gradients(partial(self._fused.receive, name))
 
+        self._sums = GradientSums(ranks, [self.components[name] for name in self.trained]) if ranks.world > 1 else None
         self._workspace_missed = False  # True once fused updates have used what cuDNN computed without its workspace
         self._weights_touched = False  # True once the current step may have changed weights; a capture executes nothing
         self._graphs = Graphs() if graph and self.device.type == "cuda" else None
@@ -210,12 +218,13 @@ class Step:
 
     def _accumulate(self, inputs: StepInputs) -> Tensor:
         """Accumulate the gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
-        count = len(inputs.positions_B)
+        images_here = len(inputs.positions_B)
+        count = images_here * self.ranks.world
         total = torch.zeros((), device=self.device)
         failed_allocations = self._count_failed_allocations()
         for arena in self._arenas:
             arena.begin()
-        for start in range(0, count, self.micro_batch_size):
+        for start in range(0, images_here, self.micro_batch_size):
             images = inputs.micro_batch(slice(start, start + self.micro_batch_size))
             latents = self.model.vae.scale(images.latents_BCHW.float())
             noisy, t_B, target = self.objective.add_noise(latents, images.positions_B, images.t_B)
@@ -229,6 +238,8 @@ class Step:
             if self._fused:
                 self._touch_weights()
                 self._fused.begin(loss.detach())
+            if self._sums and start + self.micro_batch_size >= images_here:
+                self._sums.begin()
             loss.backward()
             total += loss.detach()
         if self._count_failed_allocations() > failed_allocations:
@@ -238,7 +249,7 @@ class Step:
             if not self._workspace_missed:
                 self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
             self._workspace_missed = True
-        return total
+        return self._sums.finish(total) if self._sums else total
 
     def _count_failed_allocations(self) -> int:
         """Count the allocations that have failed on the GPU, also those after which a library found another way.
@@ -260,11 +271,13 @@ class Step:
     def _reduce_micro_batch(self, reason: str) -> None:
         """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
         self._discard_step()
-        smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.stage.batch % n == 0]
+        smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.images % n == 0]
         if self._weights_touched or (self._graphs and self._graphs.replayed):
             raise _memory_error("while weights were updated", reason)
         if self._fused:
             raise _memory_error("with fused_backward, which cannot split the batch", reason)
+        if self.ranks.world > 1:
+            raise _memory_error(f"on rank {self.ranks.rank}, with {self.micro_batch_size} images per forward", reason)
         if not smaller_sizes:
             raise _memory_error("even with one image per forward", reason)
         self.warn(
@@ -331,10 +344,12 @@ class Step:
                     average.copy_(state[f"{name}@ema/{key}"])
 
     def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
-        """Hash the inputs of a step: the samples, their timesteps, and the noise of the first sample."""
-        t_B = self.objective.timesteps(batch.positions_B)
+        """Hash the inputs of a step: the samples of all ranks, their timesteps, and the noise of the first sample."""
+        first = batch.positions_B[0] - self.ranks.rank * len(batch.positions_B)
+        positions_B = first + torch.arange(len(batch.positions_B) * self.ranks.world)
+        t_B = self.objective.timesteps(positions_B)
         shape = tuple(batch.latents_BCHW.shape[1:])
-        eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, batch.positions_B[:1], shape)
+        eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, positions_B[:1], shape)
         inputs = {"order": batch.samples_B, "timesteps": t_B, "noise": eps}
         return {key: xxhash.xxh3_64_hexdigest(data.cpu().numpy().tobytes()) for key, data in inputs.items() if data is not None}
 
@@ -356,7 +371,7 @@ class Step:
     def _component(self, name: str) -> TrainableComponent:
         stage = self.stage
         args = name, self.model.component(name), self.trained.get(name, set()), stage.precision
-        accumulates = stage.batch > self.micro_batch_size
+        accumulates = stage.batch > self.micro_batch_size  # also over ranks
         return TrainableComponent(*args, accumulates=accumulates, arena=not stage.fused_backward, ema=stage.ema > 0)
 
     def _optimizer(self, name: str) -> FastOptimizer:

@@ -47,6 +47,11 @@ class Layout:
             self._locations.append((tensor.shape, torch.empty_like(tensor, device="meta").stride(), self.size))
             self.size += -(-tensor.numel() // ALIGN) * ALIGN
 
+    def span(self, i: int) -> tuple[int, int]:
+        """Return the first element of tensor number i and the end of its elements."""
+        shape, _, start = self._locations[i]
+        return start, start + shape.numel()
+
     def view(self, flat: Tensor, i: int) -> Tensor:
         return flat.as_strided(*self._locations[i])
 

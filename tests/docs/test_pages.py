@@ -34,7 +34,10 @@ from fastsd.model.unet import UNetConfig
 from fastsd.run.loop import train
 
 # The pages for users, in the order in which their commands work.
-NAMES = "install data first-run monitoring d-lion smaller-cards other-trainers using-models experiments performance library"
+NAMES = (
+    "install data first-run monitoring d-lion smaller-cards "
+    "several-gpus other-trainers using-models experiments performance library"
+)
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES.split()), "docs/troubleshooting.md", "docs/config.md"]
 DOCUMENTS = [*PAGES, "CONTRIBUTING.md", "configs/README.md", "bench/README.md", "kernels/README.md", "docs/glossary.md"]
 CONFIGS = sorted(ROOT.glob("configs/*.toml"))
@@ -52,6 +55,7 @@ NOT_RUN = {  # programs that are only checked to exist, with the reason
     "pytest": "is this test's own program",
     "ruff": "checks the code; .ci/run runs it",
     ".ci/run": "runs all of these",
+    "torchrun": "needs several GPUs; tests/run/test_ranks.py starts ranks by it",
     "python": "takes minutes or compiles for GPUs; tests/bench runs what does not",
 }
 
@@ -141,7 +145,7 @@ def test_every_page_is_read():
 
 def test_every_block_is_of_a_known_kind():
     kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
-    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 20, "toml": 5, "python": 2}
+    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 22, "toml": 5, "python": 2}
     assert {block.split()[0] for block in all_blocks("figure")} == FIGURES.keys()
 
 

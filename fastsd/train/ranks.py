@@ -1,0 +1,271 @@
+"""Data parallel training: the processes of one run, called ranks, one for each GPU.
+
+    torchrun --nproc-per-node 4 -m fastsd train CONFIG
+
+The config fixes the global batch.  Each of N ranks trains on 1/N of its images; the loader and the generator of random numbers
+depend on sample positions only, so every N that divides the batch has the same samples, noise and timesteps.  The weights, the
+optimizer state and the EMA are the same on all ranks.  They start from the same files and receive the same sums of gradients
+(`gradient_sums.py`), so nothing else is sent:
+
+    per step        the gradients, the loss, and two small messages between the hosts: what is due, and whether to stop
+    rank 0          owns the run's folder: it logs, saves, validates, draws samples and exports
+    other ranks     run the same code with a scratch folder in place of the run's, and print nothing
+    checkpoints     are those of one process, so a run can go on with another number of ranks
+
+Decisions that a clock, a file or a signal brings about are made at the end of a step: rank 0's count (`decided`), or anyone's
+(`any_rank`).  All others follow from numbers that are equal on all ranks.
+
+When a rank ends with an error, it prints one sentence.  The others notice that its connections are closed, end without one, and
+torchrun ends what is left.  A rank that hangs ends the run after `TIMEOUT`.
+
+Without torchrun, or with one rank, nothing here imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsd.config.stages import StageTable
+from fastsd.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, Work
+
+# The other ranks wait while rank 0 validates, draws samples and exports.
+TIMEOUT = timedelta(hours=6)
+_GRACE = 5.0  # seconds in which a rank that ends with an error can tell the others that it has printed a sentence
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankLost(RuntimeError):
+    """Raised by a collective operation if another rank has ended."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, as this one sees them.
+
+    Attributes:
+        rank, world: number of this rank, and number of all ranks.
+        local_rank, local_world: the same on this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """True for the rank that owns the run's folder."""
+        return self.rank == 0
+
+    def decided(self, decisions: Sequence[bool]) -> list[bool]:
+        """Return the decisions of rank 0."""
+        if self.world == 1:
+            return list(decisions)
+        flags = torch.tensor([decision and self.main for decision in decisions], dtype=torch.int32)
+        return [bool(flag) for flag in self._combined(flags, "MAX").tolist()]
+
+    def any_rank(self, event: object) -> bool:
+        """Return True if `event` is true on any rank."""
+        return bool(event) if self.world == 1 else bool(self._combined(torch.tensor([bool(event)], dtype=torch.int32), "MAX"))
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all ranks' numbers."""
+        return number if self.world == 1 else int(self._combined(torch.tensor([number]), "MIN"))
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.any_rank(event=False)
+
+    def text(self, text: str = "") -> str:
+        """Return the text of rank 0, below 64 KiB."""
+        if self.world == 1:
+            return text
+        data = torch.zeros(1 << 16, dtype=torch.uint8)
+        if self.main:
+            encoded = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+            data[: len(encoded)] = encoded
+        return bytes(self._combined(data, "MAX").tolist()).rstrip(b"\0").decode()
+
+    def sum_(self, tensor: Tensor) -> Work:
+        """Start to replace a tensor by its sum over all ranks."""
+        return self._start("all_reduce", tensor)
+
+    def exchange(self, received: Tensor, sent: Tensor) -> Work:
+        """Start to send each rank its piece of a flat tensor. `received` gets this rank's piece from all, in their order."""
+        return self._start("all_to_all_single", received, sent)
+
+    def gather(self, received: Tensor, piece: Tensor) -> Work:
+        """Start to send a piece to all ranks. `received` gets the pieces of all ranks, in their order."""
+        return self._start("all_gather_into_tensor", received, piece)
+
+    def finish(self, works: Sequence[Work]) -> None:
+        """Let the current stream of a GPU, or this thread on a CPU, wait for what was started."""
+        with self._others():
+            for work in works:
+                work.wait()
+
+    def _start(self, operation: str, *tensors: Tensor) -> Work:
+        import torch.distributed as dist
+
+        with self._others():
+            work: Work = getattr(dist, operation)(*tensors, async_op=True)
+        return work
+
+    def share(self, batch: int) -> int:
+        """Return the number of images of a batch that one rank trains on."""
+        return batch // self.world
+
+    def _combined(self, values: Tensor, operation: str) -> Tensor:
+        import torch.distributed as dist
+
+        with self._others():
+            dist.all_reduce(values, op=getattr(dist.ReduceOp, operation))
+        return values
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankLost(str(error)) from None
+
+
+ALONE = Ranks()
+
+
+def ranks_of(environment: Mapping[str, str]) -> Ranks:
+    """Read the variables that torchrun sets for each process.
+
+    Raises:
+        UserError: there are several ranks, but a variable is missing.
+    """
+    world = environment.get("WORLD_SIZE", "1")
+    if world == "1":
+        return ALONE
+    for name in _VARIABLES:
+        if name not in environment:
+            raise UserError(
+                "ranks-variable",
+                f"WORLD_SIZE is {world}, but the environment has no {name}; start all ranks with "
+                "`torchrun --nproc-per-node N -m fastsd train CONFIG`, or unset WORLD_SIZE",
+            )
+    return Ranks(*(int(environment[name]) for name in _VARIABLES[:4]))
+
+
+def local_device(name: str, ranks: Ranks) -> str:
+    """Return the config's `device` for a rank: each has the GPU of its number.
+
+    Raises:
+        UserError: the config chooses a GPU by its number, or this machine has more ranks than GPUs.
+    """
+    if ranks.world == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return name
+    if ":" in name:
+        raise UserError(
+            "ranks-device", f'device is {name!r}, but each of {ranks.world} ranks uses a GPU of its own; use "auto" or "cuda"'
+        )
+    gpus = torch.cuda.device_count()
+    if gpus and ranks.local_world > gpus:
+        raise UserError(
+            "ranks-too-many",
+            f"{ranks.local_world} ranks run on this machine, which has {gpus} GPUs; start {gpus} with --nproc-per-node {gpus}",
+        )
+    return f"cuda:{ranks.local_rank}"
+
+
+def check_stage(stage: StageTable, name: str, ranks: Ranks) -> None:
+    """Raise UserError for a stage that several ranks cannot train."""
+    if stage.batch % ranks.world:
+        above = -(-stage.batch // ranks.world) * ranks.world
+        sizes = f"{above - ranks.world} or {above}" if stage.batch > ranks.world else str(above)
+        counts = ", ".join(str(n) for n in range(1, stage.batch + 1) if stage.batch % n == 0)
+        raise UserError(
+            "ranks-batch",
+            f"stage {name!r}: batch is {stage.batch}, which {ranks.world} ranks do not divide; set batch to {sizes}, or start "
+            f"one of these numbers of ranks: {counts}",
+        )
+    if stage.fused_backward and ranks.world > 1:
+        raise UserError(
+            "ranks-fused",
+            f"stage {name!r}: fused_backward is true, which updates weights before gradients of {ranks.world} ranks are "
+            "summed; set fused_backward = false",
+        )
+
+
+def graph_note(ranks: Ranks, device: torch.device, *, graph: bool) -> list[str]:
+    """Return a warning that steps are not captured, if the config asks for it."""
+    if ranks.world == 1 or not graph or device.type != "cuda":
+        return []
+    return [f"steps of {ranks.world} ranks are not captured as CUDA graphs, so small batches train slower"]
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Connect the ranks that torchrun has started, and let them end together.
+
+    Raises:
+        UserError: an error that this rank shall print. A rank whose error another one prints exits with 2.
+    """
+    ranks = ranks_of(os.environ)
+    if ranks.world == 1:
+        yield ranks
+        return
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
+    store = _get_default_store()
+    try:
+        yield ranks
+    except Stopped:
+        if not ranks.main:
+            raise SystemExit(130) from None
+        raise
+    except RankLost as error:
+        if _was_told(store):
+            raise SystemExit(2) from None
+        problem = UserError(
+            "rank-lost",
+            f"a rank has ended without a message ({str(error).splitlines()[0]}); run the same command again to resume from the "
+            "last checkpoint",
+        )
+        if not _tells_first(store, problem):
+            raise SystemExit(2) from None
+        raise problem from None
+    except UserError as error:
+        if not _tells_first(store, error):
+            raise SystemExit(2) from None
+        raise
+    except BaseException:  # it prints a traceback
+        store.add("told", 1)
+        raise
+    dist.destroy_process_group()
+
+
+def _tells_first(store: Store, error: UserError) -> bool:
+    """Return True if no rank has had the same error before this one."""
+    store.add("told", 1)
+    return store.add(f"error {error.code}", 1) == 1
+
+
+def _was_told(store: Store) -> bool:
+    """Return True if a rank has told the user why it ends."""
+    end = time.monotonic() + _GRACE
+    while time.monotonic() < end:
+        if store.add("told", 0):
+            return True
+        time.sleep(0.1)
+    return False

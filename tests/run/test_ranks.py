@@ -1,0 +1,163 @@
+"""Runs on several ranks: the same checkpoints as on one, stops and failures that end all ranks, and the start by torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ranks import ended, start_ranks, store_of_ranks
+from runs import cache, checkpoint_steps, final, rows_of, same
+from sentences import says
+from tiny import job
+
+from fastsd.config.schema import load_config
+from fastsd.console import Console
+from fastsd.run.loop import train
+from fastsd.train.ranks import joined_ranks
+
+pytestmark = pytest.mark.slow
+
+STAGE = """
+[[stage]]
+name = "one"
+train = ["unet"]
+until = 4
+batch = 4
+optimizer = "dlion"
+checkpoint_every = 2
+"""
+# Settings of runs, by name. A micro-batch is the share of one rank.
+CASES = {
+    "dlion": ["stage.precision=bf16", "stage.ema=0.9", "stage.grad_clip=0.5", "validate.held_out=4", "validate.every=2"],
+    "adamw": [
+        'stage.train=["unet", "text_encoder"]', "stage.optimizer=adamw", "stage.lr=1e-4", "stage.caption_dropout=0.3",
+        "stage.canary_every=2", "model.clip_skip=1",
+    ],
+    "lora": ['stage.train=["lora"]', "model.lora={rank=2, text_encoder=true}", "stage.optimizer=adamw", "stage.lr=1e-3"],
+    "buckets": ["stage.optimizer=lion", "stage.lr=3e-6", "data.resolution=32", "data.buckets={ min = 16, max = 64, step = 8 }"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, tiny_model, images):
+    """The overrides of each case for one config, whose images are cached."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = job(folder, tiny_model, images, STAGE)
+    other = folder / "other"
+    other.mkdir()
+    for i, size in enumerate([(60, 40), (40, 60), (64, 40), (40, 64), (50, 50)] * 2):
+        Image.effect_noise(size, 60).convert("RGB").save(other / f"{i}.png")
+    shapes = [f'data.folders=["{images}", "{other}"]', f'cache.dir="{folder / "shapes"}"']
+    cases = {name: keys + shapes * (name == "buckets") for name, keys in CASES.items()}
+    for keys in cases.values():
+        cache(load_config(path, keys), Console(file=StringIO()))
+    return path, cases
+
+
+def train_cases(path: str, folder: str, *lines: str) -> None:
+    """Train a run in `folder` for each line, the overrides of which are separated by semicolons, on this rank."""
+    with joined_ranks() as ranks:
+        for line in lines:
+            name, *keys = line.split(";")
+            train(load_config(path, [*keys, f"run={folder}/{name}"]), ranks=ranks)
+
+
+def train_on(world: int, folder: Path, path: Path, cases: dict[str, list[str]]) -> str:
+    """Run `train_cases` on ranks. Return the printed text."""
+    folder.mkdir(exist_ok=True)
+    arguments = [str(path), str(folder), *(";".join([name, *keys]) for name, keys in cases.items())]
+    files = [str(folder / "out"), str(folder / "err")]
+    with store_of_ranks(world) as shared:
+        codes = ended(start_ranks(shared, "call", __file__, "train_cases", arguments, files), 300)
+    assert codes == [0] * world, Path(files[1]).read_text()
+    return Path(files[0]).read_text()
+
+
+def inputs(run: Path) -> list[list[object]]:
+    """Return what the steps of a run have computed with."""
+    return [[row[key] for key in ("step", "images", "order", "timesteps", "noise")] for row in rows_of(run)]
+
+
+def test_any_number_of_ranks_writes_the_same_files(tmp_path, jobs):
+    path, cases = jobs
+    text = train_on(2, tmp_path / "two", path, cases)
+    train_on(1, tmp_path / "one", path, {name: [*keys, "stage.micro_batch=2"] for name, keys in cases.items()})
+    for name in cases:
+        alone, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert inputs(alone) == inputs(two)
+        torch.testing.assert_close(final(two), final(alone), rtol=1e-5, atol=1e-5)
+        # In the others, matmuls add to the sums before they have added up their own rows: with few columns, or many rows.
+        assert name in ("lora", "buckets") or (same(final(alone), final(two)) and rows_of(alone) == rows_of(two))
+        assert checkpoint_steps(two) == [2, 4]
+        assert sorted(file.name for file in alone.rglob("*")) == sorted(file.name for file in two.rglob("*"))
+    assert text.count("samples: ") == len(cases) and text.count("validation at step") == 3  # by rank 0 only
+
+
+def command(path: Path, run: Path, *keys: str) -> list[str]:
+    return ["train", str(path), f"run={run}", *CASES["dlion"], *keys]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_rank_stops_all_and_any_number_goes_on(tmp_path, jobs):
+    path, _ = jobs
+    run, output = tmp_path / "run", tmp_path / "out"
+    with store_of_ranks(2) as shared:
+        ranks = start_ranks(shared, "command_line", command(path, run, "stage.until=1000"), output)
+        wait_for(lambda: bool(checkpoint_steps(run)))
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        assert ended(ranks) == [130, 130]
+    stopped = checkpoint_steps(run)[-1]
+    assert output.read_text().count(f"stopped at step {stopped}") == 1
+    with store_of_ranks(4) as shared:
+        words = command(path, run, f"stage.until={stopped + 1}")
+        assert ended(start_ranks(shared, "command_line", words, output)) == [0] * 4
+    whole = tmp_path / "whole"
+    with store_of_ranks(1) as shared:
+        words = command(path, whole, f"stage.until={stopped + 1}", "stage.micro_batch=2")
+        assert ended(start_ranks(shared, "command_line", words, output)) == [0]
+    assert inputs(run) == inputs(whole)
+    torch.testing.assert_close(final(run), final(whole), rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_end_together_with_one_sentence(tmp_path, jobs):
+    """A rank is killed; all have the same error."""
+    path, _ = jobs
+    output = tmp_path / "killed"
+    with store_of_ranks(2) as shared:
+        ranks = start_ranks(shared, "command_line", command(path, tmp_path / "run", "stage.until=1000"), output)
+        wait_for(lambda: bool(checkpoint_steps(tmp_path / "run")))
+        ranks[0].kill()
+        assert ended(ranks) == [-signal.SIGKILL, 2]
+    assert says(output.read_text(), "rank-lost") and output.read_text().count("fastsd: ") == 1
+
+    output = tmp_path / "same"
+    with store_of_ranks(3) as shared:
+        assert ended(start_ranks(shared, "command_line", command(path, tmp_path / "run"), output)) == [2] * 3
+    assert says(output.read_text(), "ranks-batch", ranks=3, sizes="3 or 6") and output.read_text().count("fastsd: ") == 1
+
+    for key in ("model.base=nowhere", "stage.btach=4"):  # found before the ranks are connected, and after
+        output = tmp_path / key
+        with store_of_ranks(2) as shared:
+            assert ended(start_ranks(shared, "command_line", command(path, tmp_path / "other", key), output)) == [2, 2]
+        assert output.read_text().count("fastsd: ") == 1, output.read_text()
+
+
+def test_torchrun_starts_ranks(tmp_path, jobs):
+    path, _ = jobs
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastsd", *command(path, tmp_path / "run")]
+    process = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert checkpoint_steps(tmp_path / "run") == [2, 4] and process.stdout.count("ranks ") == 1
