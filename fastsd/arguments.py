@@ -82,11 +82,17 @@ def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> C
     def run(**values: Any) -> Any:
         value = values[subject] or ""
         words = [name, *map(str, value if isinstance(value, list) else [value])]
-        with suppress(OSError):  # nobody may be able to see it
-            print(f"{' '.join(words).strip()}: loading PyTorch", file=sys.stderr, flush=True)
+        if shows_progress():
+            with suppress(OSError):  # nobody may be able to see it
+                print(f"{' '.join(words).strip()}: loading PyTorch", file=sys.stderr, flush=True)
         return callback(**values)
 
     return run
+
+
+def shows_progress() -> bool:
+    """Return False for the ranks of torchrun but the first, which would all show the same."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def examples(*commands: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -412,7 +413,7 @@ def main() -> None:
     from fastsd.run.signals import signals_of_commands
 
     try:
-        with signals_of_commands(), shown():
+        with signals_of_commands(), shown() if args.shows_progress() else nullcontext():
             app()
     except UserError as error:
         from fastsd.console import STDOUT, fit

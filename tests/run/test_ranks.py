@@ -161,3 +161,4 @@ def test_torchrun_starts_ranks(tmp_path, jobs):
     process = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     assert checkpoint_steps(tmp_path / "run") == [2, 4] and process.stdout.count("ranks ") == 1
+    assert process.stderr.count("loading PyTorch") == 1, process.stderr  # and the progress of one rank
