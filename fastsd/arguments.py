@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option, core
 
+from fastsd.errors import UserError
+
+_LATER = 2.0  # seconds
 INSTANT = {"config"}  # commands that import nothing that takes long
 
 
@@ -67,7 +70,8 @@ class Commands(core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print(f"fastsd: {ctx.invoked_subcommand} stopped", file=sys.stderr)
+            if shows_progress():
+                print(f"fastsd: {ctx.invoked_subcommand} stopped", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -80,6 +84,12 @@ def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> C
 
     @wraps(callback)
     def run(**values: Any) -> Any:
+        with told_once():
+            if name != "train" and "TORCHELASTIC_RUN_ID" in os.environ and (ranks := _ranks()) != "1":
+                raise UserError(
+                    "ranks-command",
+                    f"{name} runs in one process, but torchrun has started {ranks}; run `fastsd {name}` without torchrun",
+                )
         value = values[subject] or ""
         words = [name, *map(str, value if isinstance(value, list) else [value])]
         if shows_progress():
@@ -91,8 +101,33 @@ def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> C
 
 
 def shows_progress() -> bool:
-    """Return False for the ranks of torchrun but the first, which would all show the same."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return False for the ranks of torchrun but the first, which would all show the same.
+
+    Without WORLD_SIZE, other variables of torchrun were left by something else.
+    """
+    return _ranks() == "1" or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let one rank on each machine print an error that all have.
+
+    The others end later: when a rank has ended, torchrun stops all, and the sentence might never be printed.
+    """
+    try:
+        yield
+    except UserError:
+        if _ranks() == "1" or os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        import time
+
+        with suppress(KeyboardInterrupt):  # torchrun has noticed that the first rank has ended
+            time.sleep(_LATER)
+        raise typer.Exit(2) from None
+
+
+def _ranks() -> str:
+    return os.environ.get("WORLD_SIZE", "1")
 
 
 def examples(*commands: str) -> str:

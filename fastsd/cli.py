@@ -76,12 +76,8 @@ def train(
     start: args.StartCheckpoint = "",
 ) -> None:
     """Train the stages of CONFIG. Run the same command again to resume."""
-    try:
+    with args.told_once():
         loaded = _load(config, overrides, precision)
-    except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun: another process on this machine prints the same
-            raise typer.Exit(2) from None
-        raise
     from fastsd.run.loop import train
     from fastsd.train.ranks import joined_ranks
 

@@ -229,6 +229,23 @@ def test_usage_errors_exit_2(run):
         assert code == 2 and "Usage" in err
 
 
+def test_one_of_torchruns_processes_prints_an_error_of_all(run, tmp_path, monkeypatch):
+    (tmp_path / "job.toml").write_text("btach = 4")
+    train = "train", tmp_path / "job.toml"
+    monkeypatch.setattr("fastsd.arguments._LATER", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = run(*train)  # without WORLD_SIZE, this is the only process
+    assert code == 2 and "btach" in err
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run(*train) == run("lr-probe", "job.toml") == (2, "", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, _, err = run("lr-probe", "job.toml")
+    assert code == 2 and says(err, "ranks-command", command="lr-probe", ranks=2)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
 def test_a_disk_that_fails_is_one_sentence(number, run, tmp_path, monkeypatch):
     def fail(*_):

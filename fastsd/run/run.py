@@ -113,14 +113,15 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
             console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
         device = choose_device(local_device(config.device, ranks), console)
         ops = choose_ops(config.kernels, device)
-        back = checkpoint_named(folder, start, config, console) if start else None
+        back = checkpoint_named(folder, start, config, console) if start and ranks.main else None
         opened = (
             checkpoint.open_checkpoint(back, config.model) if back else checkpoint.newest(folder / "checkpoints", config.model)
         )
         if chosen := ranks.text(str(opened[0].resolve()) if opened else ""):
             opened = opened or (Path(chosen), checkpoint.read_progress(Path(chosen)), [])
         newest, saved_progress, warnings = opened or (None, None, [])
-        warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
+        if ranks.main:  # the others have no folder that knows an earlier start
+            warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
         progress = saved_progress or RunProgress()
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
@@ -139,7 +140,8 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
-        compare_with_end(folder, config, position, newest)
+        if ranks.main:
+            compare_with_end(folder, config, position, newest)
         cost, ends_here = CostRecorder(config, counts, device), position.end_at_checkpoint()
         if ends_here:
             position.progress = replace(position.progress, costs=cost.of_complete_stage(position.progress))

@@ -108,7 +108,11 @@ class Ranks:
 
     def gather(self, received: Tensor, piece: Tensor) -> Work:
         """Start to send a piece to all ranks. `received` gets the pieces of all ranks, in their order."""
-        return self._start("all_gather_into_tensor", received, piece)
+        import torch.distributed as dist
+
+        # PyTorch 2.13 warns of the older name.
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        return self._start(name, received, piece)
 
     def finish(self, works: Sequence[Work]) -> None:
         """Let the current stream of a GPU, or this thread on a CPU, wait for what was started."""

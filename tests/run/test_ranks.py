@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from ranks import ended, start_ranks, store_of_ranks
+from ranks import ended, start_ranks, store_of_ranks, train_ranks
 from runs import cache, checkpoint_steps, final, rows_of, same
 from sentences import says
 from tiny import job
@@ -132,6 +132,19 @@ def test_a_signal_to_one_rank_stops_all_and_any_number_goes_on(tmp_path, jobs):
     torch.testing.assert_close(final(run), final(whole), rtol=1e-5, atol=1e-5)
 
 
+def test_ranks_go_back_to_a_checkpoint(tmp_path, jobs):
+    path, _ = jobs
+    run, output = tmp_path / "run", tmp_path / "out"
+    words = command(path, run, "stage.micro_batch=2")[1:]
+    train(load_config(path, words[1:]), Console(file=StringIO()))
+    whole = final(run)
+    assert train_ranks(2, output, *words, "stage.until=1", "--from", "2")[0] == 2
+    text = output.read_text()  # by the rank that knows the run's folder
+    assert says(text, "stage-beyond-end", folder=run) and text.count("fastsd: ") == 1
+    assert train_ranks(2, output, *words, "--from", "2") == [0, 0], output.read_text()
+    assert "went back to step-00000002" in output.read_text() and same(final(run), whole)
+
+
 def test_ranks_end_together_with_one_sentence(tmp_path, jobs):
     """A rank is killed; all have the same error."""
     path, _ = jobs
@@ -162,3 +175,4 @@ def test_torchrun_starts_ranks(tmp_path, jobs):
     assert process.returncode == 0, process.stderr
     assert checkpoint_steps(tmp_path / "run") == [2, 4] and process.stdout.count("ranks ") == 1
     assert process.stderr.count("loading PyTorch") == 1, process.stderr  # and the progress of one rank
+    assert "FutureWarning" not in process.stderr, process.stderr
