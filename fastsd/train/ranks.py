@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -268,8 +268,7 @@ def _tells_first(store: Store, error: UserError) -> bool:
 def _was_told(store: Store) -> bool:
     """Return True if a rank has told the user why it ends."""
     end = time.monotonic() + _GRACE
-    while time.monotonic() < end:
-        if store.add("told", 0):
-            return True
-        time.sleep(0.1)
-    return False
+    with suppress(KeyboardInterrupt):  # torchrun ends this rank, because it has noticed the other's end
+        while time.monotonic() < end and not store.add("told", 0):
+            time.sleep(0.1)
+    return bool(store.add("told", 0))

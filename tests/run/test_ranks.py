@@ -153,6 +153,9 @@ def test_ranks_end_together_with_one_sentence(tmp_path, jobs):
         ranks = start_ranks(shared, "command_line", command(path, tmp_path / "run", "stage.until=1000"), output)
         wait_for(lambda: bool(checkpoint_steps(tmp_path / "run")))
         ranks[0].kill()
+        ranks[0].join()
+        time.sleep(1)
+        ranks[1].terminate()  # as torchrun does
         assert ended(ranks) == [-signal.SIGKILL, 2]
     assert says(output.read_text(), "rank-lost") and output.read_text().count("fastsd: ") == 1
 
