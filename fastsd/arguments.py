@@ -21,6 +21,7 @@ from fastsd.errors import UserError
 
 _LATER = 2.0  # seconds
 INSTANT = {"config"}  # commands that import nothing that takes long
+PARALLEL = {"train", "cache"}  # commands that several processes of torchrun share
 
 
 class Precision(StrEnum):
@@ -85,7 +86,7 @@ def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> C
     @wraps(callback)
     def run(**values: Any) -> Any:
         with told_once():
-            if name != "train" and "TORCHELASTIC_RUN_ID" in os.environ and (ranks := _ranks()) != "1":
+            if name not in PARALLEL and "TORCHELASTIC_RUN_ID" in os.environ and (ranks := _ranks()) != "1":
                 raise UserError(
                     "ranks-command",
                     f"{name} runs in one process, but torchrun has started {ranks}; run `fastsd {name}` without torchrun",

@@ -244,6 +244,7 @@ def test_one_of_torchruns_processes_prints_an_error_of_all(run, tmp_path, monkey
     monkeypatch.setenv("LOCAL_RANK", "0")
     code, _, err = run("lr-probe", "job.toml")
     assert code == 2 and says(err, "ranks-command", command="lr-probe", ranks=2)
+    assert "btach" in run("cache", tmp_path / "job.toml")[2]  # which several processes share
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
