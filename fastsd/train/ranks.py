@@ -153,16 +153,17 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     """Read the variables that torchrun sets for each process.
 
     Raises:
-        UserError: there are several ranks, but a variable is missing.
+        UserError: WORLD_SIZE is not 1, but a variable is missing or no number.
     """
     world = environment.get("WORLD_SIZE", "1")
     if world == "1":
         return ALONE
     for name in _VARIABLES:
-        if name not in environment:
+        value = environment.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()) or (name == "WORLD_SIZE" and value == "0"):
             raise UserError(
                 "ranks-variable",
-                f"WORLD_SIZE is {world}, but the environment has no {name}; start all ranks with "
+                f"the environment has WORLD_SIZE={world}, but {name} is {value!r}; start all ranks with "
                 "`torchrun --nproc-per-node N -m fastsd train CONFIG`, or unset WORLD_SIZE",
             )
     return Ranks(*(int(environment[name]) for name in _VARIABLES[:4]))

@@ -28,6 +28,9 @@ def test_ranks_come_from_the_environment_of_torchrun():
     for name in TWO.keys() - {"WORLD_SIZE"}:
         with refused("ranks-variable", ranks=2, name=name):
             ranks_of({key: value for key, value in TWO.items() if key != name})
+    for name, value in (("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "-1")):
+        with refused("ranks-variable", name=name, value=repr(value)):
+            ranks_of(TWO | {name: value})
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
