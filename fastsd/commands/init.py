@@ -103,24 +103,27 @@ def init(out: Path | None, answers: Answers, ask: Callable[[str], str] | None = 
             try:
                 reply = (ask(f"{question}{f' [{default}]' if default else ''}: ").strip() if ask else text) or default
                 return use(reply)
-            except EOFError:  # Ctrl-D
+            except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+                console.echo("")  # ends the line of the question
                 raise KeyboardInterrupt from None
             except UserError as error:
                 if ask is None:
                     raise
                 console.echo(str(error))
 
+    if out:
+        _new_file(str(out))
     if ask:
         for name, kind in GOALS.items():
             console.echo(f"{name:<14}{kind.title}")
     goal = answer("goal", answers.goal, "vae" if ask or answers.vae else "finetune", _goal)
-    console.echo("reading the base model's names and shapes")
+    console.echo("a model is a folder, a .safetensors file or a hub id" if ask else "reading the base model's names and shapes")
     model: dict[str, Any] = {}
-    shapes = answer("base model: folder, .safetensors or hub id", answers.base, BASE, lambda text: _base(text, model))
+    shapes = answer("base model", answers.base, BASE, lambda text: _base(text, model, console))
     default_vae = VAE if goal == "vae" else ""
     if default_vae or answers.vae:
         factor = answers.vae_scaling_factor
-        shapes = answer("VAE", answers.vae, default_vae, lambda text: _vae(text, factor, shapes, model, ask))
+        shapes = answer("VAE", answers.vae, default_vae, lambda text: _vae(text, factor, shapes, model, ask, console))
     images = answer("folder of images", answers.images, "", _images)
     console.echo(f"{images.total} images in {images.path}, {_captioned(images)}, {images.extent}")
     memory = answer("card, or its memory in GiB", answers.card, _this_card(), _memory)
@@ -149,14 +152,14 @@ def _goal(text: str) -> str:
     return text
 
 
-def _base(text: str, model: dict[str, Any]) -> Shapes:
+def _base(text: str, model: dict[str, Any], console: Console) -> Shapes:
     """Look at a base model, and set its keys in `model`. Return its shapes."""
     from fastsd.model.formats.model_source import find_tokenizer
     from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, check_text_to_image
     from fastsd.model.unet import UNetConfig
 
     base = _expanded(text)
-    components = _components(base, "--base", ("unet", "text_encoder", "vae"))
+    components = _components(base, "--base", ("unet", "text_encoder", "vae"), console)
     model.clear()
     model["base"] = base, "diffusers folder, .safetensors file or hub id"
     if components is None:  # a hub id that is downloaded later
@@ -168,14 +171,16 @@ def _base(text: str, model: dict[str, Any]) -> Shapes:
     return Shapes(unet, components["text_encoder"].config, components["vae"].config)
 
 
-def _vae(text: str, factor: str, shapes: Shapes, model: dict[str, Any], ask: Callable[[str], str] | None) -> Shapes:
+def _vae(
+    text: str, factor: str, shapes: Shapes, model: dict[str, Any], ask: Callable[[str], str] | None, console: Console
+) -> Shapes:
     """Look at a VAE, and set its keys in `model`. Return the shapes with it."""
     from dataclasses import replace
 
     from fastsd.model.formats.load import check_vae_channels
 
     vae = _expanded(text)
-    components = _components(vae, "--vae", ("vae",))
+    components = _components(vae, "--vae", ("vae",), console)
     if components is None:
         model["vae"] = vae, "the new VAE"
         return shapes
@@ -200,7 +205,7 @@ def _expanded(text: str) -> str:
         raise UserError("init-path", str(error)) from None
 
 
-def _components(name: str, option: str, wanted_names: tuple[str, ...]) -> dict[str, ComponentFiles] | None:
+def _components(name: str, option: str, wanted_names: tuple[str, ...], console: Console) -> dict[str, ComponentFiles] | None:
     """Open components of a model without reading their weights. Return None for a hub id that is not on this machine.
 
     Raises:
@@ -215,6 +220,7 @@ def _components(name: str, option: str, wanted_names: tuple[str, ...]) -> dict[s
         try:
             place = Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
+            console.echo(f"{name} is no path here: it is taken as a hub id, and downloaded when it is first needed")
             return None
     else:
         place = locate(name, option)
@@ -282,16 +288,16 @@ def _memory(text: str) -> Memory:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB?|GiB)?", text, re.IGNORECASE)
     if match and DISPLAY < float(match[1]) < 1000:  # 4090 is a card
         return Memory(f"a card of {float(match[1]):g} GiB", float(match[1]), None)
-    card = find_gpu(text)
+    card = find_gpu(text, f"give its memory in GiB, above {DISPLAY:g}")
     return Memory(f"{card.name} ({card.memory:g} GiB)", card.memory, card)
 
 
 def _new_file(text: str) -> Path:
     path = Path(_expanded(text))
-    if path.exists():
-        raise UserError("init-out-exists", f"{path} already exists; name another file: fastsd init OTHER.toml ...")
     if path.suffix != ".toml":
         raise UserError("init-out-ending", f"OUT is {str(path)!r}; choose a name that ends in .toml")
+    if path.exists():
+        raise UserError("init-out-exists", f"{path} already exists; name another file: fastsd init OTHER.toml ...")
     return path
 
 

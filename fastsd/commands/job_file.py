@@ -42,7 +42,7 @@ GOALS = {
         1e-5,
         5000,
     ),
-    "finetune": Goal("train the UNet on", {"name": "unet", "train": ["unet"], **_EPOCHS, **_ADAMW}, 2e-6, "10e"),
+    "finetune": Goal("fine-tune the UNet", {"name": "unet", "train": ["unet"], **_EPOCHS, **_ADAMW}, 2e-6, "10e"),
     "lora": Goal(
         "train a LoRA of the UNet",
         {"name": "lora", "train": ["lora"], **_EPOCHS, **_ADAMW, "lr": 1e-4, "schedule": "cosine"},
@@ -50,7 +50,7 @@ GOALS = {
         "10e",
     ),
     "text-encoder": Goal(
-        "train the text encoder on",
+        "fine-tune the text encoder",
         {"name": "text", "train": ["text_encoder"], "until": 250, "batch": 32, "optimizer": "lion", "lr": 3e-6, "warmup": 0.1}
         | {**_CAPTIONS, "sample_every": 10, "checkpoint_every": 10, "keep_checkpoints": 25},
         0,

@@ -11,15 +11,19 @@ from fastsd.errors import UserError
 from fastsd_kernels.cards import CARDS, Card
 
 
-def find_gpu(name: str) -> Card:
-    """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090". Raises UserError if it is unknown or ambiguous."""
+def find_gpu(name: str, otherwise: str = "give the memory with --vram") -> Card:
+    """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090".
+
+    Raises:
+        UserError: it is unknown or ambiguous. If no name is close, the message ends in `otherwise`.
+    """
     cards = {_letters_and_digits(card.name): card for card in CARDS.values()}
     short_name = _letters_and_digits(name)
     matches = [card for full_name, card in cards.items() if short_name and full_name.endswith(short_name)]
     if len(matches) == 1:
         return matches[0]
     close = difflib.get_close_matches(short_name, cards, n=1)
-    hint = f"did you mean {cards[close[0]].name}?" if close else "or give the memory with --vram"
+    hint = f"did you mean {cards[close[0]].name}?" if close else f"or {otherwise}"
     names = ", ".join(card.name for card in CARDS.values())
     raise UserError("unknown-card", f"--card is {name!r}; choose from {names}; {hint}")
 

@@ -103,6 +103,8 @@ def test_the_comments_are_true(goal, demo, tmp_path, monkeypatch):
     assert f"# 16 images, all with captions, {SIZES[2][0]} x 75 to 120 x 81 px" in path.read_text()
     assert len({line for line in lines if "use 4" in line}) == 1 and len(lines) < 60
 
+    assert re.match(r"# [A-Z].* (UNet|VAE|text encoder), for RTX 4090 ", lines[0]), lines[0]
+
     plan(config, 24 - DISPLAY, "4090", path=tmp_path / "plan.json", console=Console(quiet=True))
     (planned,) = json.loads((tmp_path / "plan.json").read_text())["stages"]
     assert planned["fits"] and planned["largest_micro_batch"] == config.stage[0].micro_batch_size
@@ -119,7 +121,7 @@ def test_questions_are_asked_again(photos, tmp_path, monkeypatch):
     questions, out = [], StringIO()
     init(None, Answers(), lambda text: questions.append(text) or next(answers), Console(file=out, width=300))
     assert not list(answers) and Path("old.toml").read_text() == "mine"
-    defaults = ["goal [vae]", "goal [vae]", *["base model: folder, .safetensors or hub id"] * 2, *["VAE"] * 2]
+    defaults = ["goal [vae]", "goal [vae]", *["base model"] * 2, *["VAE"] * 2]
     assert [text.partition(" [stable")[0].partition(" [stabil")[0].removesuffix(": ") for text in questions[:6]] == defaults
     for name in ("init-goal", "init-no-images", "folder-missing", "unknown-card", "init-out-exists", "init-out-ending"):
         assert says(out.getvalue(), name), name
@@ -127,6 +129,9 @@ def test_questions_are_asked_again(photos, tmp_path, monkeypatch):
     config = load_config("job.toml")
     assert config.model.vae == str(MODELS / "vae") and config.stage[0].name == "unet"
     assert "fastsd plan job.toml --card 4090 --vram 23" in out.getvalue()
+    refusals = [line for line in out.getvalue().splitlines() if "choose from RTX" in line]
+    assert refusals and not any("--vram" in line for line in refusals), "fastsd init has no such option"
+    assert max(map(len, questions[:-1])) < 70, "questions and short answers fit a line"
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, EOFError])
@@ -139,9 +144,11 @@ def test_a_stop_writes_nothing(end, photos, tmp_path, monkeypatch):
             raise end
         return text
 
+    out = StringIO()
     with pytest.raises(KeyboardInterrupt):
-        init(None, Answers(), ask, Console(quiet=True))
+        init(None, Answers(), ask, Console(file=out))
     assert not list(tmp_path.iterdir())
+    assert out.getvalue().endswith("\n\n"), "the next message starts a line, and does not continue the question's"
 
 
 def test_without_a_terminal_nothing_is_asked(tmp_path, monkeypatch, capsys):
@@ -176,6 +183,8 @@ def test_answers_that_cannot_be_used(demo, tmp_path, monkeypatch):
         with refused(code, **fields):
             init(out, replace(demo, **changes), console=Console(quiet=True))
     assert Path("job.toml").read_text() == "mine" and not Path("new.toml").exists()
+    with refused("init-out-ending", out="'damaged'"):  # the folder of images in OUT's place; before it is looked at
+        init(Path("damaged"), replace(demo, base="/no/model"), console=Console(quiet=True))
 
 
 def test_a_base_and_a_vae_that_are_single_files(demo, tmp_path, monkeypatch):
@@ -215,7 +224,10 @@ def test_a_base_that_is_not_on_this_machine(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastsd.plan.fitting.fitting_stage", lambda shapes, stages, *rest: stages[0])
     monkeypatch.setattr("huggingface_hub.snapshot_download", local_only)
-    init(Path("job.toml"), Answers(base="nobody/nothing", vae="nobody/a-vae", images=str(photos)), console=Console(quiet=True))
+    answers, out = Answers(base="nobody/nothing", vae="nobody/a-vae", images=str(photos)), StringIO()
+    init(Path("job.toml"), answers, console=Console(file=out, width=300))
+    for name in ("nobody/nothing", "nobody/a-vae"):  # either may be a mistyped path
+        assert f"{name} is no path here: it is taken as a hub id" in out.getvalue()
     config = load_config("job.toml")
     assert (config.model.base, config.model.vae, config.data.resolution) == ("nobody/nothing", "nobody/a-vae", 512)
     assert config.data.buckets == BucketTable() and config.stage[0].optimizer == "dlion"
