@@ -18,7 +18,7 @@ from textwrap import wrap
 from typing import IO, Any, TypeVar, cast
 
 import rich.console
-from rich.cells import set_cell_size
+from rich.cells import cell_len, set_cell_size
 
 T = TypeVar("T")
 PLAIN_SECONDS = 10.0  # between lines if the output is no terminal
@@ -75,6 +75,15 @@ def fit(text: str, width: int) -> str:
         options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
         lines += wrap(whole, width, subsequent_indent=indent, drop_whitespace=True, **options) if len(line) > width else [whole]
     return "\n".join(lines).replace("\0", " ")
+
+
+def _on_one_line(text: str, width: int) -> str:
+    """Cut a text to the width of a line, or pad it. The start of its longest word, which is a path, goes before its end."""
+    word = max(text.split(" "), key=len)
+    excess = cell_len(text) - width + len("...")
+    if 3 < excess < len(word) - 8:
+        text = text.replace(word, f"...{word[excess:]}", 1)
+    return set_cell_size(text, width)
 
 
 class Console(rich.console.Console):
@@ -232,7 +241,7 @@ class _Display:
 
     def _write(self, line: str) -> None:
         if self.rewrites:
-            self.console.file.write("\r" + set_cell_size(line, self.console.width - 1))
+            self.console.file.write("\r" + _on_one_line(line, self.console.width - 1))
             self.console.file.flush()
             self._on_terminal = True
         else:

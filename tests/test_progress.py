@@ -153,3 +153,12 @@ def test_every_command_has_a_first_line_before_it_imports_what_takes_long():
     silent = {name: heavy for name, (heavy, line) in seen.items() if heavy and not line.startswith(name)}
     assert silent == {}
     assert {"train", "cache", "plan", "sample", "compare"} <= {name for name, (heavy, _) in seen.items() if heavy}
+
+
+def test_a_long_path_loses_its_start_and_not_the_remaining_time(clock):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    with shown(terminal), work("loading runs/a-long-name/checkpoints/step-00000044/unet", 40, "") as progress:
+        clock.pass_seconds(2)
+        progress.add(20)
+    last = terminal.file.getvalue().split("\r")[-3]
+    assert len(last) == 59 and last.startswith("loading ...") and last.endswith("step-00000044/unet 20/40 | ETA 0:00:02")
