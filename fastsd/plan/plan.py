@@ -386,8 +386,8 @@ def _print_disk(disk: dict[str, Any], console: Console) -> None:
 
 
 def _range(pair: Sequence[float]) -> str:
-    """Format a range with two or three significant digits."""
-    return "-".join(f"{value:.3g}" if value >= 100 else f"{value:.1f}" for value in pair)
+    """Format a range with two or more significant digits."""
+    return "-".join(f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in pair)
 
 
 def _durations(fewest: float, most: float) -> str:

@@ -199,6 +199,7 @@ def test_plan_prints_and_writes_every_stage(plan, tmp_path, tiny_model, images):
     assert says(out, "plan-stage", stage="stage-1", components="unet", **settings)
     assert len(pattern("plan-fits", vram=24).findall(out)) == 2
     assert max(map(len, out.splitlines())) <= 120
+    assert "e+0" not in out, "the speed of a tiny model in scientific notation"
 
     report = json.loads(json_file.read_text())
     unet, text = report["stages"]
