@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -20,6 +22,7 @@ from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import Config, ModelTable, load_config
 from fastsd.console import STDOUT, Console
 from fastsd.demo import world
+from fastsd.errors import UserError
 from fastsd.run.folder import read_rows
 from fastsd.run.loop import train
 from fastsd.sampling.generate import generate, load_to_sample
@@ -71,14 +74,31 @@ def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
 
 
 def _lay_out(out: Path, console: Console) -> Config:
-    """Write the models, the training images and the config into `out`. Return the config."""
+    """Write the models, the training images and the config into `out`. Return the config.
+
+    Raises:
+        UserError: `out` has a run of another config, such as that of another version of fastsd.
+    """
+    text, path = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix()), out / "demo.toml"
+    if path.exists() and (out / "run").exists() and _job(path.read_text(encoding="utf-8")) != _job(text):
+        raise UserError(
+            "demo-other-config", f"{out} has a demo with another demo.toml; delete the folder, or name another one with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(MODELS, out / "models", copy_function=_copy, dirs_exist_ok=True)
     world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
-    text = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix())
-    replace_file(out / "demo.toml", text)
+    replace_file(path, text)
     console.echo(f"{PICTURES} captioned images in {out / 'images'}; a tiny SD1.5 and another VAE in {out / 'models'}")
-    return load_config(out / "demo.toml")
+    return load_config(path)
+
+
+def _job(text: str) -> tuple[list[dict[str, Any]], set[str]] | None:
+    """Return what a run of a config cannot change: its stages, and which models it names. None if it is no TOML."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None
+    return tables.get("stage", []), set(tables.get("model", {}))
 
 
 def _copy(source: str, target: str) -> None:

@@ -1,12 +1,16 @@
 """The demo: the judge, the data set, the tokenizer, the shipped models and a short run."""
 
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from sentences import refused
 
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.console import Console
+from fastsd.demo import demo as module
 from fastsd.demo import world
 from fastsd.demo.demo import MODELS, SHOWN, demo
 from fastsd.demo.models import write_tokenizer
@@ -86,12 +90,24 @@ def test_final_picture_has_the_size_of_two_panels():
     assert sheet.width > 600 and sheet.height > 400
 
 
+def test_a_demo_of_another_version_is_refused_before_it_is_touched(tmp_path, monkeypatch):
+    """The same config may name the folder otherwise."""
+    out, text = tmp_path / "demo", module._config_file().read_text()
+    (out / "run").mkdir(parents=True)
+    for older in (text.replace("until = 120", "until = 700"), text.replace("[model]\n", '[model]\nvae = "v"\n'), "no TOML"):
+        (out / "demo.toml").write_text(older)
+        with refused("demo-other-config", out=out):
+            demo(out, Console(quiet=True))
+        assert (out / "demo.toml").read_text() == older and not (out / "models").exists()
+    (out / "demo.toml").write_text(text)
+    monkeypatch.setattr(world, "write_dataset", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        demo(out, Console(quiet=True))
+
+
 @pytest.mark.slow
 def test_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     from io import StringIO
-
-    from fastsd.console import Console
-    from fastsd.demo import demo as module
 
     prompts = world.prompts()[::3]
     monkeypatch.setattr(world, "prompts", lambda: prompts)
