@@ -253,7 +253,7 @@ def test_a_full_or_forbidden_disk_is_an_error_and_the_next_run_continues(tmp_pat
     assert verify(tmp_path / "cache") == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     draw(tmp_path / "images/one-more.png", 99)
-    with refused("cache-disk-space", needed="0.0", free="0.0"):
+    with refused("cache-disk-space", needed="0.0 MiB", free="0.0 MiB"):
         build_cache(config(tmp_path), StubVae())
     (tmp_path / "file").write_text("")
     with refused("cache-unusable", folder=tmp_path / "file"):

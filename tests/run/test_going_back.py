@@ -44,6 +44,11 @@ KEYS = ["validate.stabilised=2", "validate.every=2", "validate.bands=1", "sample
 LOGS = ("log.jsonl", "validation.jsonl")
 
 
+def back_to(step: int) -> str:
+    """Return the end of a message that names the command that goes back to a checkpoint."""
+    return f"go back with `fastsd train CONFIG --from {name_of(step)}`"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model, images):
     """Configs of complete runs by name."""
@@ -177,7 +182,7 @@ def test_going_back_over_the_end_of_a_stage(name, step, copy_of):
 def test_settings_of_later_steps_may_differ_from_those_of_the_steps_set_aside(copy_of):
     folder, start = copy_of("carried")
     changes = ["stage.two.state=reset", "stage.two.batch=2", "stage.two.lr=1e-4"]
-    with refused("run-other-stage", key="stage.1.batch", alternative="go back with --from step-00000006"):
+    with refused("run-other-stage", key="stage.1.batch", alternative=back_to(6)):
         start(*changes[1:])
     start(*changes, back="step-00000006")
     assert checkpoint_steps(folder) == [2, 4, 6, 8, 10] and rows_of(folder)[-1]["images"] == 6 * 4 + 4 * 2
@@ -218,9 +223,9 @@ def test_a_stage_that_has_gone_beyond_its_end_is_refused(copy_of):
     exported = (folder / "model/fastsd.json").read_bytes()
     fields = {"folder": folder, "name": "'one'", "length": "6 steps", "least": '"6 steps"'}
     for amount, shown, alternative in (
-        ("5", "5", "go back with --from step-00000004"),
-        ("16 images", "'16 images', 4 steps", "go back with --from step-00000004"),
-        ("0.5e", "'0.5e', 3 steps", "go back with --from step-00000002"),
+        ("5", "5", back_to(4)),
+        ("16 images", "'16 images', 4 steps", back_to(4)),
+        ("0.5e", "'0.5e', 3 steps", back_to(2)),
         ("1", "1", "start a new run with run=FOLDER"),
         ("1s", "'1s'", None),
     ):
@@ -241,9 +246,9 @@ def test_a_stage_that_has_gone_beyond_its_end_is_refused(copy_of):
 def test_the_end_of_an_earlier_stage_cannot_move_behind_the_run(copy_of):
     folder, start = copy_of("carried")
     for changes, alternative in (
-        (["stage.one.until=5"], "go back with --from step-00000004"),
-        (["stage.one.until=9"], "go back with --from step-00000004"),
-        (["stage.one.lr=1e-4"], "go back with --from step-00000004"),
+        (["stage.one.until=5"], back_to(4)),
+        (["stage.one.until=9"], back_to(4)),
+        (["stage.one.lr=1e-4"], back_to(4)),
         (["stage.one.until=1"], "start a new run with run=FOLDER"),
     ):
         with refused("run-other-stage", alternative=alternative):
@@ -251,11 +256,11 @@ def test_the_end_of_an_earlier_stage_cannot_move_behind_the_run(copy_of):
     assert checkpoint_steps(folder)[-1] == 10
     for step in (8, 10):
         shutil.rmtree(folder / "checkpoints" / name_of(step), ignore_errors=True)
-    with refused("run-other-stage", key="stage.0.lr", alternative="go back with --from step-00000004"):
+    with refused("run-other-stage", key="stage.0.lr", alternative=back_to(4)):
         start("stage.one.lr=1e-4")  # the stage is complete, and the next has not begun
-    with refused("stage-beyond-end", name="'one'", until=4, alternative="go back with --from step-00000004"):
+    with refused("stage-beyond-end", name="'one'", until=4, alternative=back_to(4)):
         start("stage.one.until=4")
-    with refused("stage-complete", name="'one'", until=9, alternative="go back with --from step-00000004"):
+    with refused("stage-complete", name="'one'", until=9, alternative=back_to(4)):
         start("stage.one.until=9")
     start("stage.one.until=5", back="4")
     assert checkpoint_steps(folder) == [2, 4, 5, 7, 9]
@@ -284,7 +289,7 @@ def test_a_finished_run_says_so(copy_of, finished):
     text = start()
     assert says(text, "already-finished", step=6, name="'one'") and (folder / "model/unet").is_dir()
     assert not says(start("stage.until=8"), "already-finished") and says(start("stage.until=8"), "already-finished", step=8)
-    with refused("stage-beyond-end", alternative="go back with --from step-00000006"):
+    with refused("stage-beyond-end", alternative=back_to(6)):
         start("stage.until=7")
     start("stage.until=7", back="6")
     assert checkpoint_steps(folder) == [2, 4, 6, 7]
@@ -293,12 +298,12 @@ def test_a_finished_run_says_so(copy_of, finished):
 def test_removed_stages(copy_of, tmp_path, tiny_model, images):
     folder, _ = copy_of("reset")
     path = job(tmp_path, tiny_model, images, STAGE)
-    with refused("run-fewer-stages", current_stage=2, count=1, alternative="go back with --from step-00000006"):
+    with refused("run-fewer-stages", current_stage=2, count=1, alternative=back_to(6)):
         run(path, *KEYS)
     train(load_config(path, KEYS), Console(file=StringIO()), start="6")
     assert json.loads((folder / "model/fastsd.json").read_text())["steps"] == 6
     assert says(run(path, *KEYS, "stage.until=24 images")[1], "already-finished", step=6)
-    with refused("stage-complete", until=8, alternative="go back with --from step-00000004"):  # its state was not kept
+    with refused("stage-complete", until=8, alternative=back_to(4)):  # its state was not kept
         run(path, *KEYS, "stage.until=8")
     train(load_config(path, [*KEYS, "stage.until=8"]), Console(file=StringIO()), start="4")
     assert checkpoint_steps(folder) == [2, 4, 6, 8]

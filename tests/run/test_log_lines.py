@@ -30,6 +30,7 @@ from fastsd.run.position import Position
 from fastsd.run.report import RowFile, TrainReport
 from fastsd.run.rollback import StepsSkipped
 from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
+from fastsd.train.ranks import ALONE
 from fastsd.train.step import StepResult
 from fastsd_kernels import REFERENCE
 
@@ -510,7 +511,9 @@ def header_of(images=21, epochs=(21,), step=0, cached=21, shapes=1, measured=Fal
         def __len__(self):
             return images
 
-    run = SimpleNamespace(folder="folder", ops=REFERENCE, device=torch.device("cpu"), parameter_counts=[1000, 2000000])
+    run = SimpleNamespace(
+        folder="folder", ops=REFERENCE, device=torch.device("cpu"), parameter_counts=[1000, 2000000], ranks=ALONE
+    )
     run.config = SimpleNamespace(stage=tables, stage_name=lambda i: f"s{i}", data=SimpleNamespace(resolution=512))
     run.config.model = SimpleNamespace(base="base", vae=facts.get("vae", ""), clip_skip=facts.get("clip_skip", 0))
     run.config.cache, run.config.validate_ = SimpleNamespace(dir="cache"), SimpleNamespace(every=5)

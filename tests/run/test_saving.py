@@ -42,7 +42,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(kind, path, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(saving, "main_memory", lambda: 0)
         waiting, text = run(path, f"run={tmp_path / 'waiting'}", *KINDS[kind])
-        assert says(text, "checkpoint-waits", free="0.0") and text.count("training waits") == 1
+        assert says(text, "checkpoint-waits", free="0.0 MiB") and text.count("training waits") == 1
     save, step, trained, threads = checkpoint.save, Step.__call__, Event(), {}
 
     def save_later(folder, progress, *args, **options):

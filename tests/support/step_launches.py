@@ -35,7 +35,7 @@ META = torch.device("meta")
 PRECISIONS = ("fp32", "tf32", "bf16")
 SMALL = UNetConfig(block_out_channels=(32,), attention=(False,), layers_per_block=1, heads=4, cross_attention_dim=96)
 # Their launches are taken from the UNet of SD1.5 only.
-MODEL_OPS = ("attention", "group_norm", "group_norm_statistics", "layer_norm", "geglu")
+MODEL_OPS = ("attention", "attention_backward", "group_norm", "group_norm_statistics", "layer_norm", "geglu")
 
 
 def launch_on_meta_tensors() -> None:

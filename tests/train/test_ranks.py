@@ -104,6 +104,7 @@ def train_steps(model: str, output: str, chunk: str, batch: str) -> None:
             shared = Batch(latents_BCHW, whole.token_ids_BL[images], whole.positions_B[images], whole.captions[images])
             results.append(step(shared, number).loss)
             early.append(step._sums.early if step._sums else 0)
+        ranks.wait()  # until the others have received everything, which the kernel may still hold back
         sent, predicted = sent_bytes() - before, step._sums.sent_bytes if step._sums else 0
         chunks = len(step._sums._chunks) if step._sums else 0
         tensors = [*results, *(tensor for role in step.tensors_by_role().values() for tensor in role)]

@@ -118,7 +118,7 @@ def test_room_is_needed_only_for_shards_that_do_not_exist(store, monkeypatch):
     monkeypatch.setattr(stores.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
     store.check_room(space)
     free = need
-    with refused("cache-disk-space", needed="0.0", free="0.0"):
+    with refused("cache-disk-space", needed="0.0 MiB", free="0.0 MiB"):
         store.check_room(space)
     store.write(shards[0], [(0, row(0))])
     store.check_room(space)
