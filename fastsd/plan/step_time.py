@@ -41,7 +41,7 @@ class Shares(NamedTuple):
 # the gap between two kernels of a graph, and what a kernel takes to fill an empty GPU.
 SLOW, FAST = Shares(0.72, 0.85, 3.0e-6), Shares(0.92, 1.0, 1.5e-6)
 # The card whose rates those of an architecture follow, by units and clock, until they are predicted themselves.
-_NEAREST = {80: "H200", 86: "4090", 89: "4090", 90: "H200", 120: "4090"}
+_NEAREST = {80: "A100", 86: "3090", 89: "4090", 90: "H200", 120: "5090"}
 # Least and most of the predicted rate that attention reaches. Against published figures, the predictions are within a tenth on
 # GeForce, where tensor cores are the limit, and 1.2 to 2 times too fast on A100 and H100.
 _ATTENTION, _ATTENTION_OF_ARCHITECTURE = (0.9, 1.1), dict.fromkeys((80, 90), (0.5, 0.83))
