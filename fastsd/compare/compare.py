@@ -52,9 +52,9 @@ def compare(
         report = ComparisonReport(runs, baseline_run, folder, console)
         if from_checkpoints:
             report.redraw()
-        report.overview()
         report.samples()
         report.over_training()
+        report.overview()
         report.curves()
         if drawing:
             report.draw(settings, from_checkpoints=from_checkpoints)
@@ -76,6 +76,7 @@ class ComparisonReport:
         self.sections: list[Section] = []
         self.tables: dict[str, object] = {}
         self.several = len(runs) > 1
+        self.pixels: dict[str, pictures.Pixels] = {}
         self.names = {run.label: f"{i}-{safe_name(run.label)}" for i, run in enumerate(runs, 1)}
 
     def redraw(self) -> None:
@@ -88,6 +89,7 @@ class ComparisonReport:
         self._table(numbers.overview(self.runs, self.baseline))
         if self.several:
             self._table(numbers.settings(self.runs))
+            self._table(numbers.baseline_differences(self.runs, self.baseline, self.pixels))
 
     def curves(self) -> None:
         note = f"Faint: as logged. Bold: moving average over {SMOOTHING_WINDOW:.0%} of the log rows, computed per stage."
@@ -101,9 +103,7 @@ class ComparisonReport:
 
     def samples(self) -> None:
         sheet = pictures.side_by_side(self.runs)
-        pixels, difference_sheet, factor = pictures.pixel_differences(self.runs, self.baseline)
-        if self.several:
-            self._table(numbers.baseline_differences(self.runs, self.baseline, pixels))
+        self.pixels, difference_sheet, factor = pictures.pixel_differences(self.runs, self.baseline)
         if sheet:
             html = self._picture("samples", sheet, "final samples of each run")
             self.sections.append(Section("Final samples", "Each row shows one prompt and seed.", html))

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 from html.parser import HTMLParser
 from io import StringIO
 from itertools import product
@@ -222,6 +223,8 @@ def test_page_is_complete_and_self_contained(make_run, tmp_path):
     for fact in (awkward_name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.1 MiB", "≈ 2s"):
         assert fact in page.text, fact
     assert says(page.text, "section-during-training") and says(page.text, "validation-loss", kind="stabilised EMA")
+    sections = re.findall(r'<section id="([^"]*)"', text)
+    assert sections[:2] == ["final-samples", "samples-during-training"] and "runs" in sections[2:]
     films = json.loads(html.unescape(text.split('data-films="')[1].split('"')[0]))
     assert [[frame[:2] for frame in film] for film in films] == [[[0, "unet 0"], [2, "unet 2"], [4, "unet 4"]]]
     folder = out.with_suffix("")
