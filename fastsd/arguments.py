@@ -89,7 +89,7 @@ def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> C
             if name not in PARALLEL and "TORCHELASTIC_RUN_ID" in os.environ and (ranks := _ranks()) != "1":
                 raise UserError(
                     "ranks-command",
-                    f"{name} runs in one process, but torchrun has started {ranks}; run `fastsd {name}` without torchrun",
+                    f"{name} runs in one process, but torchrun has started {ranks}; start it without torchrun",
                 )
         value = values[subject] or ""
         words = [name, *map(str, value if isinstance(value, list) else [value])]
