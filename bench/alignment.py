@@ -27,10 +27,10 @@ from fastsd.bench.counters import stamp
 from fastsd.commands.cache import cache
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import Config, ModelTable, load_config
-from fastsd.console import Console
 from fastsd.demo import demo, world
 from fastsd.run.loop import train
 from fastsd.storage import new_file, replace_file
+from fastsd.terminal.console import Console
 
 EVERY, TARGET_ACCURACY = 25, 0.9
 STARTS = ("plain", "aligned")

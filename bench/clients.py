@@ -37,7 +37,6 @@ from torch import Tensor
 from fastsd.bench.counters import stamp
 from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import LoraTable, ModelTable
-from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.formats.lora_weights import write_lora
 from fastsd.model.lora import add_lora
@@ -45,6 +44,7 @@ from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes
 from fastsd.model.unet import UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import TensorFile, replace_file
+from fastsd.terminal.console import Console
 from fastsd_kernels import noise
 
 ADAPTERS = Path(__file__).with_name("client_adapters.py")

@@ -22,10 +22,10 @@ from fastsd.bench.counters import stamp
 from fastsd.commands.cache import cache
 from fastsd.commands.lr_probe import lr_probe
 from fastsd.config.schema import Config, load_config
-from fastsd.console import Console
 from fastsd.demo import demo
 from fastsd.run.loop import train
 from fastsd.storage import replace_file
+from fastsd.terminal.console import Console
 
 OVERRIDES = [
     "sample.prompts=[]", "log.tensorboard=false", "stage.sample_every=0", "validate.held_out=64", "validate.every=100000",

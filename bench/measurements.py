@@ -29,11 +29,11 @@ from plan_check import FULL, SMALL
 
 from fastsd.bench import baselines, counters
 from fastsd.config.schema import StageTable
-from fastsd.console import Console
 from fastsd.data.loader import Batch
 from fastsd.model.model import Model
 from fastsd.model.shapes import Shapes, empty_model, materialize
 from fastsd.model.unet import UNetConfig
+from fastsd.terminal.console import Console
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step

@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_map
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.demo import demo
 from fastsd.run.loop import train
 from fastsd.storage import new_file, replace_file
+from fastsd.terminal.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)

@@ -43,9 +43,9 @@ from verdicts import step_table, time_by_kind
 from fastsd.bench import baselines, counters, options, suites
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
-from fastsd.console import STDOUT
 from fastsd.errors import UserError, out_of_memory
 from fastsd.plan.plan import RESERVED, plan_stage
+from fastsd.terminal.console import STDOUT
 from fastsd.train.device import choose_ops
 from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import set_precision

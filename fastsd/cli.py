@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fastsd import arguments as args
-from fastsd.arguments import Precision, examples
+from fastsd.commands import arguments as args
+from fastsd.commands.arguments import Precision, examples
 from fastsd.errors import Stopped, UserError, disk_advice
 
 if TYPE_CHECKING:
@@ -395,7 +395,7 @@ def demo(out: args.DemoFolder = Path("demo-out")) -> None:
 
 def _load(path: Path, overrides: list[str] | None, precision: Precision | None = None) -> Config:
     from fastsd.config.schema import load_config
-    from fastsd.console import STDOUT
+    from fastsd.terminal.console import STDOUT
 
     STDOUT.name_config([str(path), *(overrides or [])], precision and precision.value)
     return load_config(path, overrides, precision and precision.value)
@@ -405,14 +405,15 @@ def main() -> None:
     # When imported, diffusers and transformers print advice that does not help a user. Errors are still raised.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    from fastsd.console import shown
     from fastsd.run.signals import signals_of_commands
+    from fastsd.terminal.console import shown
 
     try:
         with signals_of_commands(), shown() if args.shows_progress() else nullcontext():
             app()
     except UserError as error:
-        from fastsd.console import STDOUT, fit
+        from fastsd.terminal.console import STDOUT
+        from fastsd.terminal.texts import fit
 
         text = STDOUT.copyable(f"fastsd: {error}")
         if sys.stderr.isatty():

@@ -21,7 +21,7 @@ from tiny import job, tiny_vae, write_images
 from fastsd import __version__, cli
 from fastsd.commands.check import check
 from fastsd.config.schema import load_config
-from fastsd.console import Console
+from fastsd.terminal.console import Console
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_usage_errors_exit_2(run):
 def test_one_of_torchruns_processes_prints_an_error_of_all(run, tmp_path, monkeypatch):
     (tmp_path / "job.toml").write_text("btach = 4")
     train = "train", tmp_path / "job.toml"
-    monkeypatch.setattr("fastsd.arguments._LATER", 0.0)
+    monkeypatch.setattr("fastsd.commands.arguments._LATER", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
     code, _, err = run(*train)  # without WORLD_SIZE, this is the only process

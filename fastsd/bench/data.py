@@ -21,7 +21,6 @@ from torch import Tensor
 from fastsd.bench import counters, timing
 from fastsd.bench.options import BenchOptions, Figures
 from fastsd.config.schema import Config, DataTable
-from fastsd.console import Console, counted
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.store import Store
 from fastsd.data.cache import SHARD_ROWS, CacheMeta, Group, LatentCache, freeze, view_name
@@ -32,6 +31,7 @@ from fastsd.model.formats.load import load_text, load_vae, locate
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.text_encoder import assemble, ids_of
 from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
+from fastsd.terminal.console import Console, counted
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels import Ops

@@ -34,12 +34,13 @@ from torch import Tensor
 from fastsd.bench import baselines, counters, data, timing
 from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, bench_config, bench_target
 from fastsd.config.optimizers import OPTIMIZERS
-from fastsd.console import STDOUT, Console, counted, size_text
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet
 from fastsd.storage import replace_file
+from fastsd.terminal.console import STDOUT, Console, counted
+from fastsd.terminal.texts import size_text
 from fastsd.train.device import choose_device, describe_ops
 from fastsd.train.memory import saved_for_backward_bytes
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsd.bench.baselines import Candidate
 from fastsd.bench.counters import host_waits, rise, seconds
-from fastsd.console import counted, work
+from fastsd.terminal.console import counted, work
 from fastsd.train.graph import WARM_UP
 
 TimedCall = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]

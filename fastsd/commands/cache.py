@@ -12,7 +12,6 @@ import torch
 
 from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
-from fastsd.console import STDOUT, Console, size_text, work
 from fastsd.data.building import build, lists, upkeep
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.collect import one_at_a_time
@@ -30,6 +29,8 @@ from fastsd.model.shapes import read_shapes
 from fastsd.model.vae import Vae
 from fastsd.run.compilation import compile_kernels, kernels_of
 from fastsd.run.launches import encoder_launches
+from fastsd.terminal.console import STDOUT, Console, work
+from fastsd.terminal.texts import size_text
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels import TRITON

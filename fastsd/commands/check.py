@@ -11,7 +11,6 @@ from pathlib import Path
 from fastsd.config.conversion import clip_skip_note
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS, ENDLESS
-from fastsd.console import STDOUT, Console, size_text
 from fastsd.data.building import build, lists
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.captions import several_captions
@@ -32,6 +31,8 @@ from fastsd.run.training_data import rare_shapes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.sampling.prompts import notes_on_prompts
+from fastsd.terminal.console import STDOUT, Console
+from fastsd.terminal.texts import size_text
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.optim import optimizer_class
 from fastsd.train.schedule import check_length

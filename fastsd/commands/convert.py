@@ -8,7 +8,6 @@ from shlex import quote
 
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, load_merged
 from fastsd.model.formats.load import component_state_dict
@@ -27,6 +26,8 @@ from fastsd.run.checkpoint import averages_of
 from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
 from fastsd.storage import TensorFile, new_folder
+from fastsd.terminal.console import STDOUT, Console
+from fastsd.terminal.texts import size_text
 
 Origin = tuple[ModelSummary | None, Path | None]  # training summary and sample grid of a model
 

@@ -15,9 +15,9 @@ from typing import Any
 from fastsd.commands.foreign_config import Foreign, read_foreign
 from fastsd.config.conversion import Conversion, Rules, Settings, convert_key, toml_value
 from fastsd.config.schema import load_config
-from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.storage import replace_file
+from fastsd.terminal.console import STDOUT, Console
 
 LABELS = {"same": "taken over", "converted": "converted", "nearest": "nearest", "no equal": "no equal"}
 TABLES = ("model", "model.lora", "data", "data.buckets", "cache", "sample", "validate", "log", "export", "stage")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 
 from fastsd.config.reference import entries, explain, lookup, title
-from fastsd.console import STDOUT, Console
+from fastsd.terminal.console import STDOUT, Console
 
 WIDEST = 100  # characters of a line, also in a wider terminal
 

@@ -17,11 +17,11 @@ from fastsd.commands.job_file import GOALS, commands, job_text
 from fastsd.config.paths import expanded
 from fastsd.config.schema import BucketTable, DataTable, LoraTable, parse_config
 from fastsd.config.stages import StageTable
-from fastsd.console import STDOUT, Console
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
+from fastsd.terminal.console import STDOUT, Console
 
 if TYPE_CHECKING:
     from fastsd.model.formats.model_source import ComponentFiles

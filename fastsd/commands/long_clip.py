@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import component_state_dict, write_component, write_rest
 from fastsd.model.formats.write import check_folder_name
 from fastsd.model.text_encoder import stretch
 from fastsd.storage import new_folder, write_text
+from fastsd.terminal.console import STDOUT, Console
 
 KEPT = 20  # number of first positions that stay as they are: CLIP's short captions have trained hardly any others
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from fastsd.config.keys import conditions, defaults
 from fastsd.config.schema import Config, StageTable
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.run.folder import LogRow
 from fastsd.run.loop import train
+from fastsd.terminal.console import STDOUT, Console
 
 SHARE = 1 / 3  # Lion's lr divided by D-Lion's d * lr
 LAST, FLAT = 4, 1.02  # d has settled if it grew by at most the factor FLAT over the last 1 / LAST of the run

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from fastsd.console import Work, work
 from fastsd.data.building import build
+from fastsd.terminal.console import Work, work
 
 
 @contextmanager

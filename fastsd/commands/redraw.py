@@ -30,7 +30,6 @@ from torch import Tensor
 from fastsd.commands.progress import progress
 from fastsd.commands.validate import latents_of
 from fastsd.config.schema import Config, ModelTable
-from fastsd.console import STDOUT, Console
 from fastsd.data.building.build import ProgressCallback
 from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.cache import LatentCache, view_name
@@ -42,6 +41,7 @@ from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import BATCH, check_steps, denoise, load_to_sample, to_image
 from fastsd.storage import TEMPORARY, flush_folder, replace_file, write_bytes
+from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device
 from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import precision_switches

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from fastsd.config.config_errors import sentence
 from fastsd.config.schema import Config, ModelTable, SampleTable
-from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import Averages, load_merged, load_to_train, use_averages
 from fastsd.model.formats.load import table_of
@@ -26,6 +25,7 @@ from fastsd.sampling.generate import draw, prepare_to_sample
 from fastsd.sampling.grid import grid, save_grid
 from fastsd.sampling.prompts import images_of, notes_on_prompts, parse_prompt
 from fastsd.storage import TEMPORARY, new_file
+from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device, choose_ops
 
 Options = TypeVar("Options", ModelTable, SampleTable)

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from fastsd.commands.progress import progress
 from fastsd.config.schema import FolderTable, ModelTable
-from fastsd.console import STDOUT, Console
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.build import ProgressCallback
 from fastsd.data.building.decode import decode, probe
@@ -44,6 +43,7 @@ from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
 from fastsd.run.validation import Strata, aggregate
 from fastsd.storage import new_folder, write_text
+from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels.noise import Purpose, permutation

@@ -11,7 +11,6 @@ from pathlib import Path
 from shlex import quote
 
 from fastsd.config.schema import Config
-from fastsd.console import STDOUT, Console
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.data.text_embeddings import TextEmbeddings
@@ -25,6 +24,7 @@ from fastsd.run.folder import resolve_model
 from fastsd.run.restart import saved_splits
 from fastsd.run.validation import Validation, ValidationRow, format_table
 from fastsd.storage import replace_file
+from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd.train.trainable import compute_weight

@@ -13,10 +13,11 @@ from fastsd.compare import charts, draw, numbers, page, pictures
 from fastsd.compare.numbers import Table
 from fastsd.compare.page import Section
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, read_runs
-from fastsd.console import STDOUT, Console, size_text, work
 from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_file, new_folder, replace_file, write_text
+from fastsd.terminal.console import STDOUT, Console, work
+from fastsd.terminal.texts import size_text
 
 TABLES = "tables.json"  # the page's tables for other programs; a folder with this file belongs to a report and may be replaced
 

@@ -13,7 +13,6 @@ from fastsd.compare.pictures import sheet
 from fastsd.compare.runs import RunData, read_grids
 from fastsd.config.config_errors import sentence
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.console import Console, counted
 from fastsd.errors import UserError
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
@@ -23,6 +22,7 @@ from fastsd.run.settings import combinations, setting_text
 from fastsd.sampling.generate import draw, load_to_sample
 from fastsd.sampling.grid import sample_grid, save_grid
 from fastsd.sampling.prompts import images_of, read_prompts
+from fastsd.terminal.console import Console, counted
 
 KEYS = ("clip_skip", "guidance", "guidance_rescale", "height", "negative", "sampler", "seed", "size", "steps", "width")
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, column
-from fastsd.console import size_text
 from fastsd.run.live_line import duration
 from fastsd.run.settings import ABSENT, differences
+from fastsd.terminal.texts import size_text
 
 HASHES = {"order": "image order", "timesteps": "timesteps", "noise": "noise"}
 PER = 1000  # a slope is the change over this number of images

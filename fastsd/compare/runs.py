@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fastsd.config.schema import Config, parse_config
-from fastsd.console import counted
 from fastsd.errors import UserError
 from fastsd.run.folder import Grid, LogRow, grid_files, read_costs, read_grid, read_rows
 from fastsd.run.settings import short_names
+from fastsd.terminal.console import counted
 
 SMOOTHING_WINDOW = 0.04  # share of a run's log rows that a smoothed loss averages
 

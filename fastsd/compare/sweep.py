@@ -18,7 +18,6 @@ import torch
 from fastsd.commands.cache import cache
 from fastsd.compare.compare import compare
 from fastsd.config.schema import Config, dump_config, load_config
-from fastsd.console import STDOUT, Console, counted
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
@@ -27,6 +26,7 @@ from fastsd.run.loop import train
 from fastsd.run.settings import combinations, safe_name, setting_text, short_names
 from fastsd.sampling.grid import check_samples
 from fastsd.storage import replace_file
+from fastsd.terminal.console import STDOUT, Console, counted
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ from fastsd.compare.numbers import Table, Words
 from fastsd.compare.page import Section
 from fastsd.compare.runs import COLOURS, RunData, read_run
 from fastsd.config.stages import ENDLESS
-from fastsd.console import STDOUT, Console, size_text
 from fastsd.errors import UserError
 from fastsd.run.folder import LogRow, grid_files, read_rows
 from fastsd.run.live_line import duration
 from fastsd.run.settings import ABSENT, short_names
+from fastsd.terminal.console import STDOUT, Console
+from fastsd.terminal.texts import size_text
 
 HOST = "127.0.0.1"
 REFRESH = 5.0  # seconds

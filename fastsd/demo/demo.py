@@ -20,13 +20,13 @@ from PIL import Image
 from fastsd.commands.cache import cache
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import Config, ModelTable, load_config
-from fastsd.console import STDOUT, Console
 from fastsd.demo import world
 from fastsd.errors import UserError
 from fastsd.run.folder import read_rows
 from fastsd.run.loop import train
 from fastsd.sampling.generate import generate, load_to_sample
 from fastsd.storage import copy_file, new_file, replace_file
+from fastsd.terminal.console import STDOUT, Console
 
 MODELS = Path(__file__).parent / "assets"
 PICTURES, PICTURE_SEED = 384, 1

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastsd.console import work
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.storage import Tensors, as_tensor, check_finite
+from fastsd.terminal.console import work
 
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 MAX_LAYERS = 1000  # the largest number of layers that a config may request; SD1.5's text encoder has 12

@@ -26,7 +26,6 @@ from typing import Any
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.schema import Config, DataTable, StageTable
 from fastsd.config.stages import ENDLESS, parse_amount
-from fastsd.console import STDOUT, Console, counted, size_text, work
 from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
@@ -38,6 +37,8 @@ from fastsd.plan.operations import Operation
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
 from fastsd.plan.step_time import step_seconds, workspace_bytes
 from fastsd.storage import replace_file
+from fastsd.terminal.console import STDOUT, Console, counted, work
+from fastsd.terminal.texts import size_text
 from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.cards import CARDS, Card
 

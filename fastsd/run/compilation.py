@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from fastsd.console import Console, work
+from fastsd.terminal.console import Console, work
 from fastsd_kernels.launch import Launch
 
 _PROCESS_BYTES = 1 << 30  # memory of a process: PyTorch, Triton and LLVM

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fastsd.config.schema import Config
-from fastsd.console import Console
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.folder import read_costs
 from fastsd.run.report import memory_gb
 from fastsd.storage import replace_file
+from fastsd.terminal.console import Console
 
 
 class CostRecorder:

@@ -13,7 +13,6 @@ from typing import TypeVar
 from PIL import Image
 
 from fastsd.config.schema import Config
-from fastsd.console import Console
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.errors import out_of_memory
 from fastsd.model.model import Model
@@ -26,6 +25,7 @@ from fastsd.sampling.generate import BATCH
 from fastsd.sampling.grid import sample_grid, save_grid
 from fastsd.sampling.prompts import images_of
 from fastsd.storage import make_folder
+from fastsd.terminal.console import Console
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import WARNING, Console, size_text
 from fastsd.model.formats.adapters import Averages, write_lora_file
 from fastsd.model.formats.model_source import ModelSource, read_component
 from fastsd.model.formats.model_summary import metadata_of
@@ -22,6 +21,8 @@ from fastsd.run import checkpoint
 from fastsd.run.license import license_note
 from fastsd.run.model_card import last_samples, summarize, write_card
 from fastsd.storage import new_file, remove_folder
+from fastsd.terminal.console import Console
+from fastsd.terminal.texts import WARNING, size_text
 
 
 def export_newest(config: Config, model: Model, console: Console) -> Path:

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastsd.config.schema import Config
-from fastsd.console import Console
 from fastsd.data.building import lists
 from fastsd.errors import UserError
+from fastsd.terminal.console import Console
 
 _PATIENCE = 1.0  # seconds that a run waits at its end for the comparison
 

@@ -8,10 +8,10 @@ from fastsd.config.conversion import clip_skip_note
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.config.stages import ENDLESS
-from fastsd.console import size_text
 from fastsd.run.live_line import legend
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
+from fastsd.terminal.texts import size_text
 from fastsd.train.device import describe_ops
 
 

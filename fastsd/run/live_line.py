@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 
 from fastsd.config.stages import ENDLESS
-from fastsd.console import size_text
 from fastsd.run.folder import LogRow
+from fastsd.terminal.texts import size_text
 
 SEPARATOR = " | "
 # Numbers of a row that are the x axis of a chart, or belong to one moment.

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fastsd.config.schema import Config
-from fastsd.console import STDOUT, Console
 from fastsd.data.loader import Batch, Stream
 from fastsd.errors import Stopped, UserError
 from fastsd.run.export import bytes_of, export_newest
@@ -23,6 +22,7 @@ from fastsd.run.signals import StopSignals, stop_signals
 from fastsd.run.stage_kernels import compile_stages
 from fastsd.run.stage_start import evaluate_end, start_stage
 from fastsd.run.triggers import Due, Triggers
+from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.precision import precision_switches
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step

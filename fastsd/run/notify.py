@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 from fastsd.config.schema import Config
-from fastsd.console import Console
 from fastsd.errors import Stopped
+from fastsd.terminal.console import Console
 
 Event = Literal["stage", "finished", "error"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from fastsd.console import Console
 from fastsd.run.checkpoint import name_of
 from fastsd.storage import new_file
+from fastsd.terminal.console import Console
 
 STEPS = 5  # length of a trace
 

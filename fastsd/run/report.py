@@ -30,12 +30,13 @@ from rich.live import Live
 from rich.text import Text
 
 from fastsd.config.schema import LogTable
-from fastsd.console import Console, fit
 from fastsd.run.folder import LogRow, read_rows
 from fastsd.run.live_line import charts, live_line
 from fastsd.run.sinks import Sink, open_sinks
 from fastsd.run.validation import ValidationRow, band_label, format_line
 from fastsd.storage import flush_folder, replace_file
+from fastsd.terminal.console import Console
+from fastsd.terminal.texts import fit
 from fastsd.train.memory import main_memory
 
 

@@ -16,13 +16,13 @@ import re
 from pathlib import Path
 
 from fastsd.config.schema import Config
-from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.formats.model_summary import read_summary
 from fastsd.run.checkpoint import STATE, checkpoints, name_of
 from fastsd.run.folder import grid_files, read_table
 from fastsd.run.restart import read_config, trains_alike
 from fastsd.storage import TEMPORARY, flush_folder, new_file, replace_file, write_bytes
+from fastsd.terminal.console import Console
 
 JOURNAL, RECORD = "setting-aside.json", "went-back.json"
 _LISTED = 20  # checkpoints that a message lists

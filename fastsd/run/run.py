@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.config.schema import Config, dump_config
-from fastsd.console import Console, work
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
@@ -36,6 +35,7 @@ from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.storage import make_folder, replace_file
+from fastsd.terminal.console import Console, work
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.ranks import ALONE, Ranks, check_stage, graph_note, local_device
 from fastsd.train.schedule import check_length

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastsd.config.schema import Config, dump_config
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import size_text
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.formats.adapters import Averages
 from fastsd.model.model import Model
@@ -29,6 +28,7 @@ from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.storage import replace_file
+from fastsd.terminal.texts import size_text
 from fastsd.train.memory import main_memory
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step

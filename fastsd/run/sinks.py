@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from fastsd.config.schema import LogTable
-from fastsd.console import Console
 from fastsd.errors import UserError
+from fastsd.terminal.console import Console
 
 
 class Sink(Protocol):

@@ -19,7 +19,6 @@ import fastsd
 import fastsd_kernels
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.stages import StageTable
-from fastsd.console import work
 from fastsd.model.shapes import Shapes
 from fastsd.run.compilation import compile_kernels, kernels_of, warn_not_compiled
 from fastsd.run.folder import read_table
@@ -28,6 +27,7 @@ from fastsd.run.run import Run
 from fastsd.sampling.generate import BATCH
 from fastsd.sampling.prompts import batches_of, images_of
 from fastsd.storage import replace_file
+from fastsd.terminal.console import work
 from fastsd.train.precision import attention_precision
 from fastsd_kernels import TRITON
 from fastsd_kernels.launch import INTERPRETED, architecture

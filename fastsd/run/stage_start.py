@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastsd.console import size_text
 from fastsd.errors import UserError
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
@@ -10,6 +9,7 @@ from fastsd.plan.gpu_specs import gpu_of
 from fastsd.plan.plan import SCRATCH, plan_stage
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
+from fastsd.terminal.texts import size_text
 from fastsd.train.step import Step
 
 _STATE_TEXT = {"reset": "reset", "carry": "carried over from the previous stage"}

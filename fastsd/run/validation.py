@@ -32,11 +32,11 @@ import xxhash
 from torch import Tensor
 
 from fastsd.config.schema import ValidateTable
-from fastsd.console import counted
 from fastsd.data.loader import Loader
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.errors import UserError
 from fastsd.model.model import Model
+from fastsd.terminal.console import counted
 from fastsd.train.objective import alphas_cumprod
 from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels.noise import Purpose, philox

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.console import counted, work
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
 from fastsd.sampling.prompts import ImageSettings, batches_of
 from fastsd.sampling.samplers import begin_at, make_sampler, step_lengths
+from fastsd.terminal.console import counted, work
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd.train.trainable import compute_weight

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
+from fastsd.terminal.console import STDOUT, Console
 from fastsd_kernels import REFERENCE, TRITON, Ops, fastest
 from fastsd_kernels.cpu_optimizers import problem as cpu_problem
 from fastsd_kernels.launch import ARCHITECTURES, INTERPRETED

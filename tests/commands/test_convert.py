@@ -371,7 +371,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
     code = """
 import resource, torch
 from pathlib import Path
-from fastsd.console import Console
+from fastsd.terminal.console import Console
 from fastsd.run.model_card import write_card
 from fastsd.storage import TensorFile, write_safetensors
 def kilobytes(file, word):

@@ -22,10 +22,10 @@ from fastsd.commands.init import DISPLAY, Answers, init
 from fastsd.commands.job_file import GOALS
 from fastsd.config.reference import entries
 from fastsd.config.schema import BucketTable, load_config
-from fastsd.console import Console
 from fastsd.demo.demo import MODELS
 from fastsd.model.unet import UNetConfig
 from fastsd.plan.plan import plan
+from fastsd.terminal.console import Console
 
 SIZES = (60, 80), (97, 64), (50, 75), (90, 91), (120, 81)
 

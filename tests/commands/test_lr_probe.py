@@ -13,7 +13,7 @@ from fastsd.commands import lr_probe as module
 from fastsd.commands.cache import cache
 from fastsd.commands.lr_probe import Probe, lr_probe
 from fastsd.config.schema import load_config
-from fastsd.console import Console
+from fastsd.terminal.console import Console
 
 STAGES = """
 [[stage]]

@@ -13,9 +13,9 @@ from tiny import make_tiny_model, tiny_vae, write_images
 
 from fastsd.commands.swap_vae import FITS, swap_vae
 from fastsd.config.schema import ModelTable
-from fastsd.console import Console
 from fastsd.model import align
 from fastsd.model.formats.load import load_model, load_vae
+from fastsd.terminal.console import Console
 
 
 @pytest.fixture(scope="module")

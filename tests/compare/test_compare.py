@@ -22,12 +22,12 @@ from fastsd.compare import charts, draw, numbers, pictures
 from fastsd.compare.compare import TABLES, compare
 from fastsd.compare.runs import RunData, read_grids, read_runs
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.run.folder import WHOLE_SHEET
 from fastsd.run.loop import train
 from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names
 from fastsd.sampling.grid import save_grid
 from fastsd.sampling.prompts import images_of
+from fastsd.terminal.console import Console
 
 
 def read_run(folder: Path) -> RunData:

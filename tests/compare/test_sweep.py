@@ -15,10 +15,10 @@ from fastsd.commands.cache import cache
 from fastsd.compare import sweep as module
 from fastsd.compare.sweep import plan_sweep, sweep
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.errors import Stopped, UserError
 from fastsd.model.unet import UNet
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 
 STAGE = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 3\nbatch = 2\noptimizer = "lion"\nlr = 1e-3\n'
 TEXT_STAGE = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')

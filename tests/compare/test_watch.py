@@ -19,7 +19,7 @@ from fastsd.compare import charts
 from fastsd.compare import watch as module
 from fastsd.compare.runs import COLOURS
 from fastsd.compare.watch import HOST, WatchPages, watch
-from fastsd.console import Console
+from fastsd.terminal.console import Console
 
 TIMING = {"stage_steps": 10, "images_per_second": 3.25, "memory_gb": 1.5, "data_wait": 0.5, "stage_eta": 100.0, "eta": 7300.0}
 

@@ -15,12 +15,12 @@ from fastsd.commands.cache import cache
 from fastsd.commands.check import check
 from fastsd.config.schema import load_config, parse_config
 from fastsd.config.stages import StageTable
-from fastsd.console import Console
 from fastsd.data.building.build import check_resolution
 from fastsd.data.validation_split import _check_sizes
 from fastsd.errors import UserError
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes
 from fastsd.model.unet import UNetConfig
+from fastsd.terminal.console import Console
 from fastsd.train.objective import _timestep_range
 
 STAGE = {"train": ["unet"], "until": 10}

@@ -18,12 +18,12 @@ from fastsd.commands.redraw import redraw
 from fastsd.compare.compare import compare
 from fastsd.compare.sweep import sweep
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.demo.demo import MODELS
 from fastsd.demo.world import write_dataset
 from fastsd.model.formats.load import load_model
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,6 @@ from tiny import job, write_images
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import ModelTable, StageTable, load_config
-from fastsd.console import Console
 from fastsd.data import cache as cache_module
 from fastsd.data.building import embed_captions
 from fastsd.data.building.build import build_cache
@@ -37,6 +36,7 @@ from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON
 

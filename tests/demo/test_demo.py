@@ -9,13 +9,13 @@ from PIL import Image, ImageFilter
 from sentences import refused
 
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.console import Console
 from fastsd.demo import demo as module
 from fastsd.demo import world
 from fastsd.demo.demo import MODELS, SHOWN, demo
 from fastsd.demo.models import write_tokenizer
 from fastsd.model.formats.load import load_model
 from fastsd.sampling.generate import generate
+from fastsd.terminal.console import Console
 
 
 def judge_accuracy(change) -> float:

@@ -27,11 +27,11 @@ from tiny import job, make_tiny_model, tiny_vae, write_images
 from fastsd.commands.cache import cache as build
 from fastsd.commands.check import check
 from fastsd.config.schema import Config, load_config, parse_config
-from fastsd.console import Console
 from fastsd.model.formats.lora_weights import write_lora
 from fastsd.model.lora import add_lora
 from fastsd.model.unet import UNetConfig
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 
 # The pages for users, in the order in which their commands work.
 NAMES = (

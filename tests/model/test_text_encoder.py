@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from fastsd.config.schema import ModelTable
-from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.text_encoder import stretch
+from fastsd.terminal.console import Console
 
 LONG = " ".join(["red", "green", "blue", "circle", "square"] * 40)  # 200 words, more than 200 tokens
 SHORT = ["a red circle", "", "blue star, green"]

@@ -12,9 +12,9 @@ from sentences import says
 from tiny import job
 
 from fastsd.config.schema import load_config
-from fastsd.console import size_text
 from fastsd.plan.disk import ROW, TENSORBOARD_ROW, grid_bytes
 from fastsd.run import checkpoint
+from fastsd.terminal.texts import size_text
 from fastsd.train.schedule import Interval
 
 STAGES = """

@@ -21,7 +21,6 @@ from tiny import job, tiny_vae
 from fastsd import __version__
 from fastsd.commands.convert import convert
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_single_file
@@ -30,6 +29,7 @@ from fastsd.run import checkpoint
 from fastsd.run import export as export_module
 from fastsd.run.export import bytes_of
 from fastsd.run.model_card import public_name, summarize, untrained, write_card
+from fastsd.terminal.console import Console
 
 STAGES = """
 [[stage]]

@@ -22,7 +22,6 @@ from triton.runtime.driver import driver
 from fastsd.commands import cache as cache_command
 from fastsd.commands.cache import cache
 from fastsd.config.schema import ModelTable, StageTable, load_config
-from fastsd.console import Console
 from fastsd.errors import Stopped
 from fastsd.model.formats.load import load_model
 from fastsd.model.model import SD15_SCHEDULER
@@ -31,6 +30,7 @@ from fastsd.run import compilation, stage_kernels
 from fastsd.run.compilation import compile_kernels, kernels_of
 from fastsd.run.launches import StageRecorder
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 from fastsd_kernels import TRITON
 from fastsd_kernels.launch import recording
 

@@ -18,7 +18,6 @@ from tiny import job
 from fastsd.commands.cache import cache
 from fastsd.compare.runs import read_runs
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.model.formats.model_summary import read_summary
 from fastsd.run import cost
 from fastsd.run.checkpoint import name_of
@@ -26,6 +25,7 @@ from fastsd.run.loop import train
 from fastsd.run.restore import read_manifest, write_manifest
 from fastsd.run.run import open_run
 from fastsd.storage import write_text
+from fastsd.terminal.console import Console
 
 STAGE = """
 [[stage]]

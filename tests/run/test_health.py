@@ -17,7 +17,6 @@ from tiny import job
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.run import checkpoint, loss_health, rollback
 from fastsd.run.checkpoint import RunProgress
@@ -25,6 +24,7 @@ from fastsd.run.loop import train
 from fastsd.run.loss_health import _FIELDS, LossHealth
 from fastsd.run.rewind import set_aside
 from fastsd.run.training_data import TrainingData
+from fastsd.terminal.console import Console
 from fastsd.train.objective import Objective
 
 pytestmark = pytest.mark.slow

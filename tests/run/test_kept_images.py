@@ -13,10 +13,10 @@ from fastsd.commands.cache import cache
 from fastsd.commands.check import check
 from fastsd.commands.validate import validate
 from fastsd.config.schema import load_config, parse_config
-from fastsd.console import Console
 from fastsd.data.validation_split import choose_splits
 from fastsd.run import checkpoint
 from fastsd.run.run import open_run
+from fastsd.terminal.console import Console
 
 STAGE = """
 [[stage]]

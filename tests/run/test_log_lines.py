@@ -18,7 +18,6 @@ from sentences import says
 
 from fastsd.config.schema import LogTable, StageTable
 from fastsd.config.stages import ENDLESS
-from fastsd.console import Console
 from fastsd.data.loader import Batch
 from fastsd.run import log as logs
 from fastsd.run import report as reports
@@ -30,6 +29,7 @@ from fastsd.run.position import Position
 from fastsd.run.report import RowFile, TrainReport
 from fastsd.run.rollback import StepsSkipped
 from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
+from fastsd.terminal.console import Console
 from fastsd.train.ranks import ALONE
 from fastsd.train.step import StepResult
 from fastsd_kernels import REFERENCE

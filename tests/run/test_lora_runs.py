@@ -21,7 +21,6 @@ from tiny import job, tiny_vae
 from fastsd.commands.long_clip import long_clip
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import ModelTable, SampleTable, load_config
-from fastsd.console import Console
 from fastsd.model.formats.adapters import load_merged, load_to_train
 from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.shapes import Shapes
@@ -29,6 +28,7 @@ from fastsd.model.weights import diffusers_state_dict
 from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
 from fastsd.sampling.generate import generate
+from fastsd.terminal.console import Console
 
 pytestmark = pytest.mark.slow
 

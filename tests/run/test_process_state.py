@@ -16,8 +16,8 @@ from fastsd.commands.redraw import redraw
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.commands.validate import validate
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.console import Console
 from fastsd.sampling import generate as generate_module
+from fastsd.terminal.console import Console
 from fastsd.train.step import Step
 
 CUDNN, MATMUL = torch.backends.cudnn, torch.backends.cuda.matmul

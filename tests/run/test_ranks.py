@@ -18,8 +18,8 @@ from sentences import says
 from tiny import job
 
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 from fastsd.train.ranks import joined_ranks
 
 pytestmark = pytest.mark.slow

@@ -16,12 +16,12 @@ from sentences import pattern, says
 from tiny import job
 
 from fastsd.config.schema import ModelTable
-from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import forward_flops
 from fastsd.plan.gpu_specs import find_gpu, gpu_of
 from fastsd.run import log, loop, report
 from fastsd.run.sinks import TensorBoard
+from fastsd.terminal.console import Console
 from fastsd_kernels.cards import CARDS
 
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 7\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\nsample_every = 4\n'

@@ -17,12 +17,12 @@ from tiny import job, make_tiny_model
 
 from fastsd.commands.check import check
 from fastsd.config.schema import ModelTable, StageTable, load_config
-from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
 from fastsd.run import checkpoint
 from fastsd.run.dlion_monitor import DLionMonitor
+from fastsd.terminal.console import Console
 from fastsd.train.optim import DLion
 from fastsd.train.schedule import Interval, ema_decay, learning_rate
 

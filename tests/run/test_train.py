@@ -21,11 +21,11 @@ from tiny import job, write_images
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.data.loader import Loader
 from fastsd.run import checkpoint, cost
 from fastsd.run.loop import train
 from fastsd.run.restart import lock
+from fastsd.terminal.console import Console
 
 pytestmark = pytest.mark.slow
 

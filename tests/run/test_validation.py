@@ -20,7 +20,6 @@ from fastsd.commands.check import check
 from fastsd.commands.convert import convert
 from fastsd.commands.validate import validate
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.data.cache import LatentCache
 from fastsd.data.loader import Loader
 from fastsd.data.validation_split import ValidationSplits, choose_splits
@@ -31,6 +30,7 @@ from fastsd.run import checkpoint
 from fastsd.run.run import open_run
 from fastsd.run.stage_start import start_stage
 from fastsd.run.validation import Validation, aggregate, format_line, format_table
+from fastsd.terminal.console import Console
 from fastsd_kernels import noise
 from fastsd_kernels.arena import split_master
 

@@ -28,7 +28,7 @@ def fastsd(*words, monkeypatch, capsys) -> tuple[int, str, str]:
     from fastsd import cli
 
     monkeypatch.setattr(sys, "argv", ["fastsd", *map(str, words)])
-    monkeypatch.setattr("fastsd.console.SOON", 1e6)  # no progress lines, whose number depends on the machine
+    monkeypatch.setattr("fastsd.terminal.console.SOON", 1e6)  # no progress lines, whose number depends on the machine
     try:
         cli.main()
         code = 0

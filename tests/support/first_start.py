@@ -20,7 +20,6 @@ from triton.runtime.driver import driver
 from fastsd.commands import cache as cache_command
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.vae import Vae
 from fastsd.run import run, stage_kernels
@@ -28,6 +27,7 @@ from fastsd.run.compilation import compile_kernels, kernels_of, missing_kernels
 from fastsd.run.launches import encoder_launches
 from fastsd.run.log import Log
 from fastsd.run.loop import train
+from fastsd.terminal.console import Console
 from fastsd_kernels import TRITON, attention, geglu
 from fastsd_kernels.launch import Launch, _Recorder, launch, meta, recording
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
 from fastsd.run.signals import StopSignals
+from fastsd.terminal.console import Console
 
 
 def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path, str]:

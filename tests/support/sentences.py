@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastsd.console import WARNING
 from fastsd.errors import UserError
+from fastsd.terminal.texts import WARNING
 
 FILE = Path(__file__).with_suffix(".toml")
 _TABLES = tomllib.loads(FILE.read_text())

@@ -13,8 +13,8 @@ from tiny import job
 from fastsd.commands.check import check
 from fastsd.config.schema import load_config
 from fastsd.config.stages import ENDLESS
-from fastsd.console import Console
 from fastsd.model.model import SD15_SCHEDULER
+from fastsd.terminal.console import Console
 from fastsd.train.schedule import ema_decay, learning_rate
 from fastsd.train.stage_notes import stage_notes, starting_share
 

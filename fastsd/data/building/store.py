@@ -32,12 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fastsd.console import size_text
 from fastsd.data import cache
 from fastsd.data.rows import LATENTS, TENSOR, read_header, row_check
 from fastsd.errors import UserError
 from fastsd.storage import DTYPES as CODES
 from fastsd.storage import flush_folder, safetensors_header
+from fastsd.terminal.texts import size_text
 
 SCHEMA_VERSION = 2
 _SCHEMA = """

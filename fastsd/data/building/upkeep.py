@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsd.console import counted, work
 from fastsd.data import cache, masks, tokens
 from fastsd.data.building import mask_cells
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.rows import LATENTS, STATES
 from fastsd.errors import UserError
+from fastsd.terminal.console import counted, work
 
 MEASURED = 1024  # latents of a view whose mean and std are measured
 # The std of scaled latents should be 1. With SD1.5's and SDXL's VAE, photographs are within 10 % of 1.

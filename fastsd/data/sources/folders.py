@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fastsd.config.schema import DataTable, FolderTable
-from fastsd.console import work
 from fastsd.data.sources import metadata, tars
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
@@ -38,6 +37,7 @@ from fastsd.data.sources.image import (
 from fastsd.data.sources.names import Partners, folded, is_system
 from fastsd.data.sources.unused import HIDDEN, METADATA, OTHER, REPEATED, STRAY, ReportUnused
 from fastsd.errors import UserError
+from fastsd.terminal.console import work
 
 # Filename patterns for each value of data.latents. Group 1 is the image's name without extension. sd-scripts writes foo.npz, or
 # foo_0512x0768_sd.npz with the image's width and height. Its text embeddings have a similar name, which is excluded here.

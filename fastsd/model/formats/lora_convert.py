@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 
 from fastsd.config.stages import COMPONENTS
-from fastsd.console import WARNING
 from fastsd.errors import UserError
 from fastsd.model.formats.lora_files import (
     LoraFile,
@@ -24,6 +23,7 @@ from fastsd.model.formats.lora_files import (
 )
 from fastsd.model.formats.write import DTYPE
 from fastsd.storage import check_finite, new_file
+from fastsd.terminal.texts import WARNING
 
 
 def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]:

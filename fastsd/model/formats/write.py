@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fastsd.console import WARNING
 from fastsd.errors import UserError
 from fastsd.model.formats import fold_vae as folding
 from fastsd.model.formats.model_source import PICKLED, ModelSource
@@ -23,6 +22,7 @@ from fastsd.model.formats.single_file_layout import CONFIGS, V_PREDICTION, ZERO_
 from fastsd.model.model import usable_scheduler
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import Stored, Tensors, new_file, write_bytes, write_safetensors, write_text
+from fastsd.terminal.texts import WARNING
 
 DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODEL_INDEX = {

@@ -12,11 +12,11 @@ from tiny import job, write_images
 
 from fastsd.commands import cache
 from fastsd.config.schema import load_config
-from fastsd.console import Console
 from fastsd.data.building import upkeep
 from fastsd.data.building.build import build_cache
 from fastsd.data.cache import LatentCache
 from fastsd.data.tokens import token_files
+from fastsd.terminal.console import Console
 
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 1\n'
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from fastsd.cli import app
 from fastsd.commands.convert import ConvertOptions, convert
-from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.unet import UNetConfig
 from fastsd.storage import write_safetensors
+from fastsd.terminal.console import Console
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from textwrap import wrap
 from typing import IO, Any, TypeVar, cast
 
 import rich.console
-from rich.cells import cell_len, set_cell_size
+
+from fastsd.terminal.texts import WARNING, fit, on_one_line, size_text
 
 T = TypeVar("T")
 PLAIN_SECONDS = 10.0  # between lines if the output is no terminal
@@ -28,7 +28,6 @@ _REFRESH = 0.1  # seconds between updates on a terminal
 # Our own signs in terminals whose encoding has too few characters.
 _PLAIN = str.maketrans({"±": "+-", "×": "x", "≈": "~", "—": "-", "…": "...", "·": "*"})
 
-WARNING = "warning: "  # begins every line about something that may not be meant, and no other line
 _WITHOUT_PRECISION = ("cache",)  # commands with CONFIG that have no --precision
 
 
@@ -56,34 +55,6 @@ class _Output:
     def flush(self) -> None:
         with suppress(OSError):
             self._file.flush()
-
-
-def size_text(count: float) -> str:
-    """Format a number of bytes in the units of `df -h` and `nvidia-smi`: 12.5 MiB, 9.9 GiB, 1.23 TiB."""
-    for unit, size, digits in (("TiB", 1 << 40, 2), ("GiB", 1 << 30, 1)):
-        if count >= size:
-            return f"{count / size:.{digits}f} {unit}"
-    return f"{count / (1 << 20):.1f} MiB"
-
-
-def fit(text: str, width: int) -> str:
-    """Wrap the lines of a text between words. Commands in backticks stay whole, so that they can be copied."""
-    lines = []
-    for line in text.split("\n"):
-        whole = re.sub(r"`[^`]*`", lambda match: match[0].replace(" ", "\0"), line)
-        indent = " " * (len(line) - len(line.lstrip()) + 2)
-        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-        lines += wrap(whole, width, subsequent_indent=indent, drop_whitespace=True, **options) if len(line) > width else [whole]
-    return "\n".join(lines).replace("\0", " ")
-
-
-def _on_one_line(text: str, width: int) -> str:
-    """Cut a text to the width of a line, or pad it. The start of its longest word, which is a path, goes before its end."""
-    word = max(text.split(" "), key=len)
-    excess = cell_len(text) - width + len("...")
-    if 3 < excess < len(word) - 8:
-        text = text.replace(word, f"...{word[excess:]}", 1)
-    return set_cell_size(text, width)
 
 
 class Console(rich.console.Console):
@@ -241,7 +212,7 @@ class _Display:
 
     def _write(self, line: str) -> None:
         if self.rewrites:
-            self.console.file.write("\r" + _on_one_line(line, self.console.width - 1))
+            self.console.file.write("\r" + on_one_line(line, self.console.width - 1))
             self.console.file.flush()
             self._on_terminal = True
         else:

@@ -4,7 +4,8 @@ from io import StringIO
 
 import pytest
 
-from fastsd.console import Console, fit
+from fastsd.terminal.console import Console
+from fastsd.terminal.texts import fit
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import time
 import pytest
 from environment import ROOT
 
-from fastsd import console
-from fastsd.console import Console, counted, shown, work
+from fastsd.terminal import console
+from fastsd.terminal.console import Console, counted, shown, work
 
 
 class Clock:

@@ -1,0 +1,1 @@
+"""Floor 0: what a command writes to the terminal."""
