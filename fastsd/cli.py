@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fastsd.commands import arguments as args
-from fastsd.commands.arguments import Precision, examples
+from fastsd.commands.arguments import Precision
+from fastsd.commands.examples import EXAMPLES, examples
 from fastsd.errors import Stopped, UserError, disk_advice
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def fastsd(*, version: args.Version = False) -> None:
     pass
 
 
-@app.command(epilog=examples("init", "init --images photos --card 4090", "init my.toml --images photos --goal lora --card 12"))
+@app.command(epilog=EXAMPLES["init"])
 def init(
     out: args.InitConfig = None,
     goal: args.InitGoal = "",
@@ -62,13 +63,7 @@ def init(
     init(out, Answers(*options), input if not any(options) and sys.stdin.isatty() else None)
 
 
-@app.command(
-    epilog=examples(
-        "train configs/xlsd.toml",
-        "train --precision bf16 configs/xlsd.toml run=runs/test stage.batch=16",
-        "train configs/xlsd.toml --from step-00001000",
-    )
-)
+@app.command(epilog=EXAMPLES["train"])
 def train(
     config: args.ConfigPath,
     overrides: args.Overrides = None,
@@ -85,7 +80,7 @@ def train(
         train(loaded, start=start, ranks=ranks)
 
 
-@app.command(epilog=examples("cache configs/xlsd.toml", "cache configs/xlsd.toml --verify"))
+@app.command(epilog=EXAMPLES["cache"])
 def cache(
     config: args.ConfigPath,
     overrides: args.Overrides = None,
@@ -104,13 +99,7 @@ def cache(
         cache(loaded)
 
 
-@app.command(
-    epilog=examples(
-        'sample runs/xlsd --prompt "a red fox in the snow"',
-        "sample runs/xlsd --prompts prompts.txt --ema --out drawn",
-        'sample model.safetensors -p "a red fox" --width 768 --height 512',
-    )
-)
+@app.command(epilog=EXAMPLES["sample"])
 def sample(
     model: args.AnyModel,
     prompt: args.Prompts = None,
@@ -163,9 +152,7 @@ def sample(
     sample(model, source, settings, options)
 
 
-@app.command(
-    epilog=examples("validate runs/xlsd configs/xlsd.toml", "validate runs/xlsd/model configs/xlsd.toml --json loss.json")
-)
+@app.command(epilog=EXAMPLES["validate"])
 def validate(
     model: args.AnyModel,
     config: args.ConfigPath,
@@ -180,7 +167,7 @@ def validate(
     validate(model, loaded, json_file)
 
 
-@app.command(epilog=examples("check configs/xlsd.toml"))
+@app.command(epilog=EXAMPLES["check"])
 def check(config: args.ConfigPath, overrides: args.Overrides = None, precision: args.StagePrecision = None) -> None:
     """Find the problems of CONFIG, its data and models. Does so before the long run, and changes nothing."""
     loaded = _load(config, overrides, precision)
@@ -189,7 +176,7 @@ def check(config: args.ConfigPath, overrides: args.Overrides = None, precision: 
     check(loaded)
 
 
-@app.command(epilog=examples("plan configs/xlsd.toml --card 4090", "plan configs/xlsd.toml --vram 12 --precision bf16"))
+@app.command(epilog=EXAMPLES["plan"])
 def plan(
     config: args.ConfigPath,
     overrides: args.Overrides = None,
@@ -205,7 +192,7 @@ def plan(
     plan(loaded, vram, card, json_file)
 
 
-@app.command(epilog=examples("bench", "bench memory", "bench step configs/xlsd.toml --precision bf16 --json step.json"))
+@app.command(epilog=EXAMPLES["bench"])
 def bench(
     words: args.BenchWords = None,
     precision: args.StagePrecision = None,
@@ -230,11 +217,7 @@ def bench(
     bench(words or [], json_file, options, precision=precision and precision.value, **more)
 
 
-@app.command(
-    epilog=examples(
-        "compare runs/a runs/b --out report.html", "compare runs/a --checkpoints", "compare runs/a --draw clip_skip=0,1"
-    )
-)
+@app.command(epilog=EXAMPLES["compare"])
 def compare(
     runs: args.RunFolders = None,
     out: args.ReportFile = Path("report.html"),
@@ -249,7 +232,7 @@ def compare(
     compare(runs or [], out, baseline, draw or [], from_checkpoints=checkpoints)
 
 
-@app.command(epilog=examples("watch runs/xlsd", "watch runs/a runs/b --port 8500"))
+@app.command(epilog=EXAMPLES["watch"])
 def watch(runs: args.WatchedRuns, port: args.Port = 8421) -> None:
     """Show runs on one page in the browser while they train. It refreshes itself, and is served on this machine only."""
     from fastsd.compare.watch import watch
@@ -257,7 +240,7 @@ def watch(runs: args.WatchedRuns, port: args.Port = 8421) -> None:
     watch(runs, port)
 
 
-@app.command(epilog=examples("sweep configs/xlsd.toml stage.lr=1e-5,3e-5 model.clip_skip=0,1"))
+@app.command(epilog=EXAMPLES["sweep"])
 def sweep(
     config: args.ConfigPath,
     values: args.SweepValues = None,
@@ -270,7 +253,7 @@ def sweep(
     sweep(config, values or [], precision and precision.value, baseline)
 
 
-@app.command(name="lr-probe", epilog=examples("lr-probe configs/xlsd.toml --steps 400"))
+@app.command(name="lr-probe", epilog=EXAMPLES["lr-probe"])
 def lr_probe(
     config: args.ConfigPath,
     overrides: args.Overrides = None,
@@ -285,7 +268,7 @@ def lr_probe(
     lr_probe(loaded, steps, stage)
 
 
-@app.command(name="long-clip", epilog=examples("long-clip runs/xlsd/model long"))
+@app.command(name="long-clip", epilog=EXAMPLES["long-clip"])
 def long_clip(
     base: args.BaseModel,
     out: args.NewFolder,
@@ -298,7 +281,7 @@ def long_clip(
     long_clip(base, out, tokens, tokenizer)
 
 
-@app.command(name="swap-vae", epilog=examples("swap-vae base.safetensors stabilityai/sdxl-vae start --images photos"))
+@app.command(name="swap-vae", epilog=EXAMPLES["swap-vae"])
 def swap_vae(
     base: args.BaseModel,
     vae: args.NewVae,
@@ -320,13 +303,7 @@ def swap_vae(
     swap_vae(base, vae, out, images, fit, limit, resolution, vae_scaling_factor, **options)
 
 
-@app.command(
-    epilog=examples(
-        "convert runs/xlsd xlsd.safetensors --dtype fp16",
-        "convert model.safetensors folder",
-        "convert base.safetensors out.safetensors --merge lora.safetensors:0.8",
-    )
-)
+@app.command(epilog=EXAMPLES["convert"])
 def convert(
     source: args.AnyFile,
     out: args.NewModel,
@@ -351,7 +328,7 @@ def convert(
     convert(source, out, to.value if to else "", options)
 
 
-@app.command(name="config", epilog=examples("config", "config lr", "config validate"))
+@app.command(name="config", epilog=EXAMPLES["config"])
 def explain_config(key: args.ConfigKey = "") -> None:
     """Explain config keys: meaning, values and default."""
     from fastsd.commands.explain_config import explain_config
@@ -359,7 +336,7 @@ def explain_config(key: args.ConfigKey = "") -> None:
     explain_config(key)
 
 
-@app.command(name="convert-config", epilog=examples("convert-config config.toml xl.toml"))
+@app.command(name="convert-config", epilog=EXAMPLES["convert-config"])
 def convert_config(source: args.ForeignConfig, out: args.NewConfig = None) -> None:
     """Convert a config of another trainer. Prints what becomes of each key, and what has no equal."""
     from fastsd.commands.convert_config import convert_config
@@ -367,7 +344,7 @@ def convert_config(source: args.ForeignConfig, out: args.NewConfig = None) -> No
     convert_config(source, out)
 
 
-@app.command(epilog=examples("redraw runs/xlsd configs/xlsd.toml redrawn --limit 1000"))
+@app.command(epilog=EXAMPLES["redraw"])
 def redraw(
     model: args.AnyModel,
     config: args.ConfigPath,
@@ -385,7 +362,7 @@ def redraw(
     redraw(model, loaded, out, start, limit, precision.value, device)
 
 
-@app.command(epilog=examples("demo", "demo --out /tmp/demo"))
+@app.command(epilog=EXAMPLES["demo"])
 def demo(out: args.DemoFolder = Path("demo-out")) -> None:
     """Try the whole workflow on tiny models. Swaps the VAE, caches, trains, samples: minutes on CPU or GPU, no downloads."""
     from fastsd.demo.demo import demo

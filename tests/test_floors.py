@@ -161,8 +161,9 @@ def test_the_command_line_imports_nothing_heavy():
         "typer",
         "fastsd.errors",
         "fastsd.commands.arguments",
+        "fastsd.commands.examples",
     }
-    for module in ("fastsd.cli", "fastsd.commands.arguments"):
+    for module in ("fastsd.cli", "fastsd.commands.arguments", "fastsd.commands.examples"):
         nodes = [node for node in ast.parse(SOURCES[module]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert set(imports(ast.Module(nodes, []))) <= light
 

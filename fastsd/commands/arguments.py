@@ -131,11 +131,6 @@ def _ranks() -> str:
     return os.environ.get("WORLD_SIZE", "1")
 
 
-def examples(*commands: str) -> str:
-    """Return the end of a command's help. Typer leaves a paragraph after a backspace character as it is."""
-    return "\n".join(["\b", "Examples:", *(f"  fastsd {command}" for command in commands)])
-
-
 def show_version(*, show: bool) -> None:
     """Print the versions of fastsd and of the libraries that matter for its results, and exit."""
     if show:
