@@ -42,6 +42,8 @@ class StageTable(Table):
     checkpointing: Annotated[Literal["none", "ff", "block"], FREE | NO_EFFECT] = "none"
     # Update each parameter when its gradient arrives, without memory for gradients. Needs micro_batch = batch, no grad_clip
     fused_backward: Annotated[bool, FREE | NO_EFFECT] = False
+    # Several GPUs: each keeps the optimizer state and the EMA of its share of the weights only (ZeRO-1)
+    shard_state: Annotated[bool, FREE | NO_EFFECT] = False
 
     optimizer: Annotated[OptimizerName, FIXED | COLUMN] = "dlion"  # dlion finds the step size itself
     # One lr, or { unet = 1e-6, text_encoder = 3e-6 }. lion and adamw need it. For dlion it is a factor of d, 1.0 by default

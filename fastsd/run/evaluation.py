@@ -58,6 +58,8 @@ class Evaluation:
 
     def sample(self, step: Step, stop: StopSignals | None = None) -> None:
         """Draw the config's sample grid, with the current weights or with the EMA weights. A signal ends the drawing."""
+        if self.config.sample.weights == "ema":
+            step.collect_averages()
         if not self.ranks.main:
             return
         config, progress = self.config, self.position.progress
@@ -96,6 +98,8 @@ class Evaluation:
 
         A signal ends the measurement without a result.
         """
+        if self.sets.measured:
+            step.collect_averages()
         if self.sets.measured and self.ranks.main:
             progress, console = self.position.progress, self.report.console
             stage = self.config.stage_name(progress.stage)

@@ -130,6 +130,7 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                 log.row(result, batch, batches)
 
             if due.checkpoint or done:
+                _check_ranks(run, train_step)
                 _save(run, train_step, log, keep=due.permanent or done)
                 if done and not run.saving.is_saved:
                     raise UserError(
@@ -137,12 +138,12 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                         f"{run.folder}: end of stage {index + 1} not saved, see the warning above; fix that and run again",
                     )
 
-            if (due.validation or done) and not signals:
+            if (due.validation or done) and not ranks.any_rank(signals):
                 log.flush()
                 with log.paused():
                     run.evaluation.validate(train_step, signals)
 
-            if (due.samples or done) and not signals:
+            if (due.samples or done) and not ranks.any_rank(signals):
                 with log.paused():
                     run.evaluation.sample(train_step, signals)
 
@@ -153,6 +154,19 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                 notify(run.config, "stage", f"{run.folder}: stage {log.name} ended at step {position.progress.step}")
                 break
     train_step.release()
+
+
+def _check_ranks(run: Run, train_step: Step) -> None:
+    """Raise UserError if the weights are not the same on all ranks."""
+    differing = run.ranks.different(train_step.weights_checksum())
+    if differing:
+        names, others = " and ".join(map(str, differing)), "rank 0" if run.ranks.world == 2 else "the other ranks"
+        step = run.position.progress.step
+        raise UserError(
+            "ranks-differ",
+            f"step {step}: the weights of rank {names} differ from those of {others}, so hardware has made an error; nothing "
+            "is saved, run the same command again to resume from the last checkpoint",
+        )
 
 
 def _save(run: Run, train_step: Step, log: Log, *, keep: bool = False, wait: bool = False) -> None:
@@ -167,14 +181,16 @@ def _saved_if_unreadable(run: Run, train_step: Step, log: Log, batches: Stream) 
     try:
         yield from batches
     except UserError:
-        if not run.saving.is_saved:
+        if not run.saving.is_saved and not train_step.sharded:  # the other ranks do not save their shares now
             _save(run, train_step, log)
         raise
 
 
 def _stopped(run: Run, train_step: Step, log: Log) -> Exception:
     """Save a checkpoint, unless this step has one, and return the exception that ends the run."""
-    if not run.saving.is_saved:
+    (unsaved,) = run.ranks.decided([not run.saving.is_saved])
+    if unsaved:
+        _check_ranks(run, train_step)
         _save(run, train_step, log, wait=True)
     run.ranks.wait()  # when one rank ends, torchrun ends the others: rank 0 in the middle of its checkpoint
     step = run.position.progress.step

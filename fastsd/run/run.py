@@ -37,7 +37,7 @@ from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.storage import make_folder, replace_file
 from fastsd.terminal.console import Console, work
 from fastsd.train.device import choose_device, choose_ops
-from fastsd.train.ranks import ALONE, Ranks, check_stage, graph_note, local_device
+from fastsd.train.ranks import ALONE, Ranks, check_stage, local_device
 from fastsd.train.schedule import check_length
 from fastsd.train.stage_notes import stage_notes
 from fastsd.train.step import Step, StepResult
@@ -126,7 +126,7 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
         model = _load_model(config, ops, newest)
-        warnings += graph_note(ranks, device, graph=config.cuda_graph) + model.notes
+        warnings += model.notes
         check_samples(model, config)
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
         with work("opening the cache"):

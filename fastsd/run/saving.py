@@ -113,20 +113,21 @@ class Saving:
             wait: True to return only when it is written.
         """
         self.finish()
+        complete = self.position.progress.stage_done
+        optimizers = not complete or self._continues(self.position.progress)
+        step_state = step.state_dict(optimizers=optimizers) if self.ranks.main or step.sharded else {}
         if not self.ranks.main:
             self._saved_step, self.changed = self.position.progress.step, set()
             if self._passes_on(self.position.progress):
                 self.state = checkpoint.load_state(Path(self.ranks.text()))
             return
-        if self.position.progress.stage_done:
+        if complete:
             self.position.progress = replace(self.position.progress, costs=self.cost.of_complete_stage(self.position.progress))
         progress, components = replace(self.position.progress, healthy=self._check_health()), step.components
         # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
         weights: dict[str, Callable[[], Mapping[str, Tensor]]] = dict.fromkeys(COMPONENTS, dict)
         weights |= {name: component.state for name, component in components.items()}
-        optimizers = not progress.stage_done or self._continues(progress)
-        state = self.smoothed.state_dict() | self.health.state_dict() | self.sets.state_dict()
-        state |= step.state_dict(optimizers=optimizers)
+        state = self.smoothed.state_dict() | self.health.state_dict() | self.sets.state_dict() | step_state
         adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
         content = Content(weights, self.changed, state, adapters)
         self.changed = set()
@@ -143,7 +144,8 @@ class Saving:
         else:
             content.weights = {name: partial(dict, components[name].state(copy=True)) for name in content.changed}
             content.weights = weights | content.weights
-            content.state = {name: host_copy(tensor) for name, tensor in state.items()}
+            private = step_state.keys() if step.sharded else ()  # gathered for this checkpoint
+            content.state = {name: tensor if name in private else host_copy(tensor) for name, tensor in state.items()}
             if adapters:
                 content.adapters = {name: components[name].state(ADAPTER, copy=True) for name in adapters}
             self._writer = Thread(target=self._write_in_thread, args=args, kwargs={"keep": keep}, daemon=True)

@@ -59,7 +59,7 @@ def _create_step(run: Run, index: int, micro_batch_size: int) -> Step:
     args = run.model, config.stage[index], run.position.steps[index], config.seed, micro_batch_size
     return Step(
         *args,
-        graph=config.cuda_graph and run.ranks.world == 1,
+        graph=config.cuda_graph,
         cached_text=cached_text,
         carried_steps=carried,
         ranks=run.ranks,

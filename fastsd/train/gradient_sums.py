@@ -15,7 +15,10 @@ So with several machines, chunks are all-reduced.  Then a run that is repeated h
 the same order, and one with another number of ranks differs in the last bits.
 
 Sums are in fp32, also in bf16 stages, as for micro-batches.  A rank with several micro-batches adds them first, and sends after
-the last.  A chunk is complete when it has had as many gradients as in the first backward of the stage, after which all chunks
+the last.  With sharded state (`shards.py`), no sums are sent to the others: the rank whose piece it is has them in its arena,
+where the rest keeps the gradients of this rank's own images.  Between machines, chunks are reduce-scattered then.
+
+A chunk is complete when it has had as many gradients as in the first backward of the stage, after which all chunks
 are sent at once: the layers that a clip_skip leaves out have none.
 """
 
@@ -29,13 +32,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastsd.train import shards
 from fastsd.train.ranks import Ranks
 from fastsd.train.trainable import TrainableComponent
 
 if TYPE_CHECKING:
     from torch.distributed import Work
-
-CHUNK = 64 << 20  # bytes: large enough for the full rate of a link, and a fiftieth of SD1.5's gradients
 
 
 class GradientSums:
@@ -51,13 +53,14 @@ class GradientSums:
     def __init__(self, ranks: Ranks, components: Sequence[TrainableComponent]) -> None:
         self.ranks, self.early = ranks, 0
         self._ordered = ranks.world == ranks.local_world
+        self._sharded = any(component.shards for component in components)
         self._chunks: list[Tensor] = []
         self._rests: list[Tensor] = []  # elements that cannot be divided between the ranks, fewer than there are ranks
         for component in components:
             self._divide(component)
         largest = max((len(chunk) for chunk in self._chunks), default=0)
         device = self._chunks[0].device
-        self._received = [torch.empty(largest, device=device) for _ in range(2 * self._ordered)]
+        self._received = [torch.empty(largest, device=device) for _ in range(2 * (self._ordered or self._sharded))]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._expected: list[int] | None = None  # gradients of each chunk in one backward
         self._arrived: list[int] = []
@@ -66,7 +69,9 @@ class GradientSums:
     def _divide(self, component: TrainableComponent) -> None:
         assert component.gradients is not None
         flat, world = component.gradients.flat, self.ranks.world
-        size, rest = CHUNK // flat.element_size() // world * world, len(flat) % world
+        size, rest = shards.CHUNK // flat.element_size() // world * world, len(flat) % world
+        if component.shards:
+            size = component.shards.chunk
         first, chunks = len(self._chunks), flat[rest:].split(size)
         self._chunks += reversed(chunks)
         self._rests += [flat[:rest]] if rest else []
@@ -80,7 +85,7 @@ class GradientSums:
     def sent_bytes(self) -> float:
         """Bytes of gradients that each rank sends in a step."""
         elements = sum(map(len, self._chunks + self._rests))
-        return 2 * (self.ranks.world - 1) / self.ranks.world * 4 * elements
+        return (1 if self._sharded else 2) * (self.ranks.world - 1) / self.ranks.world * 4 * elements
 
     def begin(self) -> None:
         """Begin the backward of a step's last micro-batch."""
@@ -95,19 +100,23 @@ class GradientSums:
             self._send()
 
     def finish(self, loss: Tensor) -> Tensor:
-        """Sum what is left after the backward. Return the sum of the ranks' losses."""
+        """Sum what is left after the backward. Return the sum of the ranks' losses; with sharded state, this rank's loss."""
         assert self._works is not None
         assert self._expected in (None, self._arrived), "a gradient has arrived after its chunk was sent"
         self.early, self._expected = len(self._works), self._arrived
         for _ in self._chunks[len(self._works) :]:
             self._send()
-        if self._ordered:
+        if self._received:
             self._add_received()
         works, self._works = self._works, None
+        if self._sharded:
+            self._join()
+            return loss
         numbers = torch.cat([*self._rests, loss.view(1)])
         received = numbers.new_empty(self.ranks.world * len(numbers))
         works.append(self.ranks.gather(received, numbers))
         self.ranks.finish(works)
+        self._join()
         sums: list[Tensor] = list(self._added(received).split([*map(len, self._rests), 1]))
         for rest, added in zip(self._rests, sums, strict=False):
             rest.copy_(added)
@@ -126,23 +135,37 @@ class GradientSums:
         number = len(self._works)
         chunk = self._chunks[number]
         with self._beside_backward():
-            if not self._ordered:
+            if not self._received:
                 self._works.append(self.ranks.sum_(chunk))
                 return
             if number:
                 self._add_received()
-            if number > 1:
+            if number > 1 and not self._sharded:
                 self.ranks.finish(self._works[number - 2 : number - 1])  # its sums were sent from the memory that is used next
-            self._works.append(self.ranks.exchange(self._received[number % 2][: len(chunk)], chunk))
+            received = self._received[number % 2][: len(chunk)]
+            if self._ordered:
+                self._works.append(self.ranks.exchange(received, chunk))
+            else:
+                self._works.append(self.ranks.scatter_sum(received[: len(chunk) // self.ranks.world], chunk))
 
     def _add_received(self) -> None:
-        """Add the pieces that the latest chunk's exchange has received, and start to send the sums."""
+        """Add the pieces that the latest chunk's exchange has received, and start to send the sums, or keep them."""
         assert self._works is not None
         number = len(self._works) - 1
         chunk = self._chunks[number]
+        received, length = self._received[number % 2][: len(chunk)], len(chunk) // self.ranks.world
         with self._beside_backward():
             self.ranks.finish(self._works[-1:])
-            self._works[-1] = self.ranks.gather(chunk, self._added(self._received[number % 2][: len(chunk)]))
+            sums = self._added(received) if self._ordered else received[:length]
+            if self._sharded:
+                chunk[self.ranks.rank * length :][:length].copy_(sums)
+            else:
+                self._works[-1] = self.ranks.gather(chunk, sums)
+
+    def _join(self) -> None:
+        """On a GPU, let the stream of the backward wait for that of the sums, also in a capture, which ends in the former."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     @contextmanager
     def _beside_backward(self) -> Iterator[None]:

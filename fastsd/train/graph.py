@@ -7,7 +7,11 @@ algorithms.  The next call captures the function without executing it.  This cal
 A replay reads and writes the same memory as the capture.  Therefore inputs are copied into buffers, the caller fills tensors
 with the values that change between steps, and results are cloned before the next replay overwrites them.
 
-Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
+With several ranks, the exchange of gradients and weights is part of the step, and so of its graph.  NCCL's operations can be
+captured, and PyTorch keeps its watchdog away from them.  But an operation must be captured on all ranks or on none, so the
+ranks agree before each call: eager if one of them needs it, else a capture if one of them needs it, else a replay.
+
+Sources: PyTorch's notes on CUDA semantics, "Whole-network capture"; NCCL user guide, "Using NCCL with CUDA Graphs".
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd.errors import out_of_memory
+from fastsd.train.ranks import ALONE, Ranks
+
 Function = Callable[..., tuple[Tensor, ...]]
 _Key = tuple[tuple[torch.Size, torch.dtype] | None, ...]  # of the arguments
 WARM_UP = 3  # number of eager calls with a shape before its capture
+_REPLAY, _CAPTURE, _EAGER = range(3)
 
 
 @dataclass
@@ -36,9 +44,14 @@ class Graphs:
     """CUDA graphs of a function, one per combination of argument shapes and dtypes. The results are unchanged.
 
     The function is passed to each call, not kept, so that the owner of both is not part of a reference cycle.
+
+    Args:
+        ranks: the ranks that call the function together, on the same shapes.
+        warn: called with a line of text if the ranks cannot capture it. From then on, all calls are eager.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE, warn: Callable[[str], None] = print) -> None:
+        self._ranks, self._warn, self._disabled = ranks, warn, False
         self._stream = torch.cuda.Stream()
         self._calls: dict[_Key, int] = {}
         self._captures: dict[_Key, _Capture] = {}
@@ -54,13 +67,15 @@ class Graphs:
                 device values or allocate memory that must outlive a call. In the eager calls it may do both.
         """
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in self._captures:
-            self._calls[key] = self._calls.get(key, 0) + 1
-            if self._calls[key] <= WARM_UP:
-                if self._captures:
-                    self.free()  # eager calls allocate their activations outside the pool, where the graphs' still lie
-                return self._run_eagerly(function, *tensors)
-            self._captures[key] = self._capture(function, tensors)
+        if self._disabled:
+            return self._run_eagerly(function, *tensors)
+        calls = self._calls.setdefault(key, 0)
+        action = self._ranks.most(_REPLAY if key in self._captures else _CAPTURE if calls >= WARM_UP else _EAGER)
+        if action != _REPLAY and (action == _EAGER or key in self._captures) and self._captures:
+            self.free()  # eager calls allocate their activations outside the pool, where the graphs' still lie
+        if action == _EAGER or (action == _CAPTURE and not self._captured(key, function, tensors)):
+            self._calls[key] += 1
+            return self._run_eagerly(function, *tensors)
 
         capture = self._captures[key]
         for buffer, tensor in zip(capture.inputs, tensors, strict=True):
@@ -73,6 +88,24 @@ class Graphs:
         for result, output in zip(results, capture.outputs, strict=True):
             result.copy_(output)
         return results
+
+    def _captured(self, key: _Key, function: Function, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Capture the function. Return False, after a warning, if that fails on one of several ranks."""
+        reason = ""
+        try:
+            self._captures[key] = self._capture(function, tensors)
+        except Exception as error:
+            if self._ranks.world == 1 or out_of_memory(error) is not None:
+                raise
+            reason = str(error).splitlines()[0]
+        if self._ranks.any_rank(reason):
+            self._disabled = True
+            self.free()
+            self._warn(
+                f"steps of {self._ranks.world} ranks cannot be captured as CUDA graphs, so small batches train slower: "
+                f"{reason or 'another rank has failed'}"
+            )
+        return not self._disabled
 
     def _run_eagerly(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         # Use the stream of the capture, because autograd's leaves remember the stream of their first use.

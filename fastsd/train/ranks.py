@@ -84,6 +84,18 @@ class Ranks:
         """Return the smallest of all ranks' numbers."""
         return number if self.world == 1 else int(self._combined(torch.tensor([number]), "MIN"))
 
+    def most(self, number: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        return -self.least(-number)
+
+    def different(self, number: int) -> list[int]:
+        """Return the ranks whose number is not that of most. Of two equally frequent numbers, that of the lower rank counts."""
+        numbers = torch.zeros(self.world, dtype=torch.int64)
+        numbers[self.rank] = number
+        values = self._combined(numbers, "SUM").tolist() if self.world > 1 else [number]
+        usual = max(values, key=values.count)
+        return [rank for rank, value in enumerate(values) if value != usual]
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         self.any_rank(event=False)
@@ -110,9 +122,16 @@ class Ranks:
         """Start to send a piece to all ranks. `received` gets the pieces of all ranks, in their order."""
         import torch.distributed as dist
 
-        # PyTorch 2.13 warns of the older name.
+        # PyTorch 2.13 warns of the older name. Bytes, because gloo does not know all dtypes.
         name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-        return self._start(name, received, piece)
+        return self._start(name, received.view(torch.uint8), piece.view(torch.uint8))
+
+    def scatter_sum(self, received: Tensor, sent: Tensor) -> Work:
+        """Start to sum a flat tensor over all ranks. `received` gets this rank's piece of the sum."""
+        import torch.distributed as dist
+
+        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        return self._start(name, received, sent)
 
     def finish(self, works: Sequence[Work]) -> None:
         """Let the current stream of a GPU, or this thread on a CPU, wait for what was started."""
@@ -173,10 +192,18 @@ def local_device(name: str, ranks: Ranks) -> str:
     """Return the config's `device` for a rank: each has the GPU of its number.
 
     Raises:
-        UserError: the config chooses a GPU by its number, or this machine has more ranks than GPUs.
+        UserError: the config chooses a GPU by its number, this machine has more ranks than GPUs, or PyTorch has no NCCL.
     """
     if ranks.world == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return name
+    import torch.distributed as dist
+
+    if not dist.is_nccl_available():
+        raise UserError(
+            "ranks-no-nccl",
+            f"{ranks.world} ranks on GPUs need NCCL, which PyTorch has not on this system; start one process without torchrun, "
+            "or use Linux",
+        )
     if ":" in name:
         raise UserError(
             "ranks-device", f'device is {name!r}, but each of {ranks.world} ranks uses a GPU of its own; use "auto" or "cuda"'
@@ -209,13 +236,6 @@ def check_stage(stage: StageTable, name: str, ranks: Ranks) -> None:
         )
 
 
-def graph_note(ranks: Ranks, device: torch.device, *, graph: bool) -> list[str]:
-    """Return a warning that steps are not captured, if the config asks for it."""
-    if ranks.world == 1 or not graph or device.type != "cuda":
-        return []
-    return [f"steps of {ranks.world} ranks are not captured as CUDA graphs, so small batches train slower"]
-
-
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """Connect the ranks that torchrun has started, and let them end together.
@@ -230,7 +250,7 @@ def joined_ranks() -> Iterator[Ranks]:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
     store = _get_default_store()
     try:

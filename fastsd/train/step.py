@@ -24,12 +24,14 @@ from fastsd.data.loader import Batch
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
+from fastsd.train.checksums import bit_sum
 from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.graph import Graphs
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.schedule import ema_decay, learning_rate
+from fastsd.train.sharded_updates import ShardedUpdates
 from fastsd.train.trainable import FusedUpdates, TrainableComponent
 from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
@@ -90,6 +92,7 @@ class Step:
         components: all components of the step by name. Those that the stage trains also have an entry in `optimizers`.
         canary_errors: number of steps whose gradients were computed twice and differed, 0-dim int64 on the device.
         images: images of a batch that this rank trains on.
+        sharded: True if each rank keeps the optimizer state and EMA of its share of the weights only.
         micro_batch_size: images per forward, a divisor of `images`. When memory runs out, it becomes the next smaller one.
     """
 
@@ -133,14 +136,19 @@ class Step:
             for name in self.trained:
                 self.components[name].send_gradients(partial(self._fused.receive, name))
 
-        self._sums = GradientSums(ranks, [self.components[name] for name in self.trained]) if ranks.world > 1 else None
+        shared = {name: self.components[name] for name in self.trained} if ranks.world > 1 else {}
+        self._sums = GradientSums(ranks, list(shared.values())) if shared else None
+        self._shards = ShardedUpdates(ranks, shared) if shared and stage.shard_state else None
+        self.sharded = self._shards is not None
         self._workspace_missed = False  # True once fused updates have used what cuDNN computed without its workspace
         self._weights_touched = False  # True once the current step may have changed weights; a capture executes nothing
-        self._graphs = Graphs() if graph and self.device.type == "cuda" else None
+        self._graphs = Graphs(ranks, warn) if graph and self.device.type == "cuda" else None
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Train on one batch as step number `step` (from 0) of the stage."""
         assert (batch.text_embeds_BLD is None) == ("text_encoder" in self.components)
+        for component in self.components.values():
+            component.drop_collected()
         run = self._compute if self._graphs is None else partial(self._graphs, self._compute)
         while True:
             self._weights_touched = False
@@ -152,7 +160,8 @@ class Step:
                 checksum = self._compute_gradients_once(inputs) if self._has_canary(step) else None
                 result = StepResult(*run(*inputs))
                 if checksum is not None:  # the step has only read its gradients
-                    self.canary_errors += self._checksum() != checksum
+                    differs = self._checksum() != checksum
+                    self.canary_errors += self._shards.any_rank(differs) if self._shards else differs
                 return result
             except Exception as error:
                 problem = out_of_memory(error)
@@ -181,10 +190,8 @@ class Step:
         return (self._checksum(),)
 
     def _checksum(self) -> Tensor:
-        """Add the bits of all gradients as whole numbers, of which the order of a sum changes nothing."""
-        bits = {2: torch.int16, 4: torch.int32}
-        arenas = [arena.flat for arena in self._arenas]
-        return torch.stack([flat.view(bits[flat.element_size()]).sum(dtype=torch.int64) for flat in arenas]).sum()
+        """Add the bits of all gradients."""
+        return bit_sum([arena.flat for arena in self._arenas])
 
     def _write_settings(self, step: int) -> None:
         """Write the values that change from step to step to the device."""
@@ -206,11 +213,15 @@ class Step:
             norm, found_inf = torch.stack(self._fused.norms).norm(), self._fused.found_inf
         else:
             # A gradient that is not finite must not reach any state: if `found_inf` is set, the optimizers change no byte.
-            norm, found_inf = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
+            gradients = {name: self._gradients(name) for name in self.optimizers}
+            merge = self._shards.all_sums if self._shards else None
+            norm, found_inf = self.ops.gradient_norm([g for pieces in gradients.values() for g in pieces], merge=merge)
             scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
             self._touch_weights()
             for name, optimizer in self.optimizers.items():
-                optimizer.update(self._gradient(name), found_inf=found_inf, scale=scale)
+                optimizer.update(*gradients[name], found_inf=found_inf, scale=scale)
+            if self._shards:
+                loss = self._shards.finish(loss, self.optimizers)
 
         overflows = [optimizer.finish(found_inf=found_inf) for optimizer in self.optimizers.values()]
         self.skipped += torch.stack([found_inf, *overflows]).any()
@@ -263,10 +274,11 @@ class Step:
     def _touch_weights(self) -> None:
         self._weights_touched = self._graphs is None or not self._graphs.capturing
 
-    def _gradient(self, name: str) -> Tensor:
+    def _gradients(self, name: str) -> list[Tensor]:
+        """Return the gradients of what this rank updates of a component."""
         arena = self.components[name].gradients
         assert arena is not None
-        return arena.flat
+        return self.components[name].pieces(arena.flat)
 
     def _reduce_micro_batch(self, reason: str) -> None:
         """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
@@ -318,10 +330,18 @@ class Step:
         return {name: optimizer.step_size for name, optimizer in self.optimizers.items() if optimizer.step_size is not None}
 
     def state_dict(self, *, optimizers: bool = True) -> dict[str, Tensor]:
-        """Return the state for a checkpoint: of the optimizers ("COMPONENT|KEY"), steps skipped, EMA ("COMPONENT@ema/KEY")."""
+        """Return the state for a checkpoint: of the optimizers ("COMPONENT|KEY"), steps skipped, EMA ("COMPONENT@ema/KEY").
+
+        With sharded state, all ranks call this together. Rank 0 receives all of it in main memory, as of a step without shards,
+        and so do the components, until the next step. The others receive tensors without data.
+        """
+        for component in self.components.values():
+            component.collect()
         state = {"skipped": self.skipped} if optimizers else {}
         for name, optimizer in self.optimizers.items() if optimizers else ():
-            tensors = flat_state(optimizer, self.components[name].names, self.components[name].layout.views)
+            component = self.components[name]
+            whole = {"whole": component.shards.whole} if component.shards else {}
+            tensors = flat_state(optimizer, component.names, component.layout.views, **whole)
             state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
         for name, component in self.components.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
@@ -333,15 +353,30 @@ class Step:
         for name, optimizer in self.optimizers.items():
             component = self.components[name]
             tensors = {key.removeprefix(f"{name}|"): state[key] for key in state if key.startswith(f"{name}|")}
-            load_flat_state(optimizer, component.names, tensors, component.layout.views)
+            if component.shards:
+                load_flat_state(optimizer, component.names, tensors, component.layout.without_data, component.write_pieces)
+            else:
+                load_flat_state(optimizer, component.names, tensors, component.layout.views)
         self.load_averages(state)
 
     def load_averages(self, state: Mapping[str, Tensor]) -> None:
         """Restore the EMA weights. Those which are not in `state` stay as they are."""
         for name, component in self.components.items():
-            for key, average in component.ema_state().items():
+            for i, key in enumerate(component.names):
                 if f"{name}@ema/{key}" in state:  # missing if EMA was enabled only now
-                    average.copy_(state[f"{name}@ema/{key}"])
+                    component.load_average(i, state[f"{name}@ema/{key}"])
+
+    def collect_averages(self) -> None:
+        """With sharded state, give the EMA of each component to all ranks, until the next step. All ranks must call this."""
+        for component in self.components.values():
+            component.collect(lows=False)
+
+    def weights_checksum(self) -> int:
+        """Add the bits of all trained weights (high halves in bf16), the same on all ranks. Waits for the device."""
+        trained = [component for component in self.components.values() if component.master_hi is not None]
+        return int(
+            bit_sum([half for c in trained for half in (c.master_hi, None if c.shards else c.master_lo) if half is not None])
+        )
 
     def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
         """Hash the inputs of a step: the samples of all ranks, their timesteps, and the noise of the first sample."""
@@ -372,7 +407,9 @@ class Step:
         stage = self.stage
         args = name, self.model.component(name), self.trained.get(name, set()), stage.precision
         accumulates = stage.batch > self.micro_batch_size  # also over ranks
-        return TrainableComponent(*args, accumulates=accumulates, arena=not stage.fused_backward, ema=stage.ema > 0)
+        sharing = self.ranks if stage.shard_state and self.ranks.world > 1 else None
+        arena, ema = not stage.fused_backward, stage.ema > 0
+        return TrainableComponent(*args, accumulates=accumulates, arena=arena, ema=ema, sharing=sharing)
 
     def _optimizer(self, name: str) -> FastOptimizer:
         stage, implementation = self.stage, optimizer_class(self.stage.optimizer)

@@ -27,6 +27,8 @@ from fastsd.errors import out_of_memory
 from fastsd.model.gradient_sink import GradientSink
 from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
+from fastsd.train.ranks import Ranks
+from fastsd.train.shards import BLOCK, Shards
 from fastsd_kernels import Ops
 from fastsd_kernels.arena import join_master, split_master
 
@@ -36,16 +38,20 @@ ALIGN = 128  # elements, so that even in bf16 every parameter starts on a 256-by
 class Layout:
     """Positions of a list of tensors in one flat tensor. The gaps between them are always zero.
 
+    Args:
+        unit: number of elements of which the flat tensor has a multiple.
+
     Attributes:
         size: number of elements of the flat tensor.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], unit: int = 1) -> None:
         self._locations: list[tuple[torch.Size, tuple[int, ...], int]] = []
         self.size = 0
         for tensor in tensors:
             self._locations.append((tensor.shape, torch.empty_like(tensor, device="meta").stride(), self.size))
             self.size += -(-tensor.numel() // ALIGN) * ALIGN
+        self.size = -(-self.size // unit) * unit
 
     def span(self, i: int) -> tuple[int, int]:
         """Return the first element of tensor number i and the end of its elements."""
@@ -57,6 +63,17 @@ class Layout:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         return [flat.as_strided(*location) for location in self._locations]
+
+    def without_data(self, _: Tensor) -> list[Tensor]:
+        """Return fp32 tensors of the shapes of the views."""
+        return [torch.empty(shape, device="meta") for shape, _, _ in self._locations]
+
+    def in_memory_order(self, tensor: Tensor, i: int) -> tuple[int, Tensor]:
+        """Return the first element of tensor number i, and its values as they lie in the flat tensor."""
+        shape, stride, start = self._locations[i]
+        values = tensor.new_empty(shape.numel())
+        values.as_strided(shape, stride).copy_(tensor)
+        return start, values
 
 
 def compute_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,12 +173,15 @@ class TrainableComponent:
         accumulates: True if a step has several micro-batches.
         arena: collect gradients in an arena. If False, `send_gradients` says who receives them.
         ema: maintain an EMA of the weights.
+        sharing: the ranks between which low halves, EMA and optimizer state are divided; None = this process has them all.
 
     Attributes:
         master_hi: the flat weights that the module computes with, or None if nothing is trained.
         master_lo: their flat low halves with bf16, otherwise None.
         gradients: the gradient arena, or None.
         ema: the flat EMA weights, or None.
+        shards: the division of the arena between the ranks, or None. `master_lo` and `ema` then are None, except between
+            `collect` and `drop_collected`, and `pieces_lo` and `pieces_ema` have this rank's pieces of them.
     """
 
     def __init__(
@@ -174,16 +194,20 @@ class TrainableComponent:
         accumulates: bool = False,
         arena: bool = True,
         ema: bool = False,
+        sharing: Ranks | None = None,
     ) -> None:
         self.name, self.module, self.dtype = name, module, COMPUTE_DTYPE[precision]
         parameters = dict(module.named_parameters())
         self.names = [name for name in parameters if name in trained]
         self.weights = [parameters[name] for name in self.names]
-        self.layout = Layout(self.weights)
+        self.layout = Layout(self.weights, sharing.world * BLOCK if sharing else 1)
+        self.shards = Shards(self.layout.size, sharing) if sharing and self.weights else None
         self.master_hi: Tensor | None = None
         self.master_lo: Tensor | None = None
         self.gradients: GradientArena | None = None
         self.ema: Tensor | None = None
+        self.pieces_lo: list[Tensor] = []
+        self.pieces_ema: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
 
         # With bf16, the low halves of frozen parameters stay in main memory.
@@ -211,20 +235,62 @@ class TrainableComponent:
         """Move the trained parameters into arenas one by one, so that at most one parameter exists twice at a time."""
         device = self.weights[0].device
         self.master_hi = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
-        self.master_lo = torch.zeros_like(self.master_hi, dtype=torch.int16) if self.dtype != torch.float32 else None
-        self.ema = torch.zeros_like(self.master_hi, dtype=torch.float32) if ema else None
+        halves = self.dtype != torch.float32
+        if self.shards:
+            parts = self.shards.of(self.master_hi)
+            self.pieces_lo = [torch.zeros_like(part, dtype=torch.int16) for part in parts if halves]
+            self.pieces_ema = [torch.zeros_like(part, dtype=torch.float32) for part in parts if ema]
+        else:
+            self.master_lo = torch.zeros_like(self.master_hi, dtype=torch.int16) if halves else None
+            self.ema = torch.zeros_like(self.master_hi, dtype=torch.float32) if ema else None
         for i, weight in enumerate(self.weights):
             view = self.layout.view(self.master_hi, i)
-            if self.ema is not None:
-                self.layout.view(self.ema, i).copy_(weight.data)
-            if self.master_lo is None:
+            self._write(self.ema, self.pieces_ema, i, weight.data)
+            if not halves:
                 view.copy_(weight.data)
             else:
                 master_hi, master_lo = split_master(weight.data)
                 view.copy_(master_hi)
-                self.layout.view(self.master_lo, i).copy_(master_lo)
+                self._write(self.master_lo, self.pieces_lo, i, master_lo)
             # Replace only the data, because the parameters must stay the same objects.
             weight.data = view
+
+    def _write(self, flat: Tensor | None, pieces: list[Tensor], i: int, tensor: Tensor) -> None:
+        """Write tensor number i into a flat tensor, if there is one, and into this rank's pieces."""
+        if flat is not None:
+            self.layout.view(flat, i).copy_(tensor)
+        if pieces:
+            self.write_pieces(pieces, i, tensor)
+
+    def write_pieces(self, pieces: list[Tensor], i: int, tensor: Tensor) -> None:
+        """Write what this rank has of tensor number i into its pieces."""
+        assert self.shards is not None
+        self.shards.write(pieces, *self.layout.in_memory_order(tensor, i))
+
+    def load_average(self, i: int, tensor: Tensor) -> None:
+        """Restore the EMA of parameter number i, if there is an EMA."""
+        self._write(self.ema, self.pieces_ema, i, tensor)
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Return what this rank updates of a tensor in the layout of the arena."""
+        return self.shards.of(flat) if self.shards else [flat]
+
+    def collect(self, *, lows: bool = True, everywhere: bool = False) -> None:
+        """Gather the EMA, and the low halves if `lows`, into main memory until the next step. All ranks must call this.
+
+        All ranks receive the EMA. The low halves, which a checkpoint needs, are rank 0's only, unless `everywhere` is true.
+        """
+        if self.shards is None:
+            return
+        if self.pieces_ema and self.ema is None:
+            self.ema = self.shards.whole(self.pieces_ema, everywhere=True)
+        if self.pieces_lo and lows:
+            self.master_lo = self.shards.whole(self.pieces_lo, everywhere=everywhere)
+
+    def drop_collected(self) -> None:
+        """Free what `collect` has gathered."""
+        if self.shards:
+            self.master_lo = self.ema = None
 
     @property
     def trained(self) -> bool:
@@ -233,9 +299,9 @@ class TrainableComponent:
     def optimize(self, make: Callable[..., FastOptimizer]) -> FastOptimizer:
         """Create the optimizer of this component's arena. `make` is called with parameter groups."""
         assert self.master_hi is not None
-        lows = [] if self.master_lo is None else [self.master_lo]
-        emas = [] if self.ema is None else [self.ema]
-        return make([{"params": [self.master_hi], "masters_lo": lows, "emas": emas}])
+        lows = self.pieces_lo if self.master_lo is None else [self.master_lo]
+        emas = self.pieces_ema if self.ema is None else [self.ema]
+        return make([{"params": self.pieces(self.master_hi), "masters_lo": lows, "emas": emas}])
 
     def send_gradients(self, receive: Callable[[int, Tensor], None]) -> None:
         """Call `receive` with the number of a parameter and its gradient as soon as autograd has produced one."""
@@ -250,11 +316,11 @@ class TrainableComponent:
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by role: "weights", "gradients" and "ema"."""
         frozen = [parameter.data for parameter in self._frozen.values()]
-        weights = [t for t in (self.master_hi, self.master_lo) if t is not None]
+        lows, emas = ([self.master_lo], [self.ema]) if self.shards is None else (self.pieces_lo, self.pieces_ema)
         return {
-            "weights": weights + frozen,
+            "weights": [t for t in (self.master_hi, *lows) if t is not None] + frozen,
             "gradients": [] if self.gradients is None else [self.gradients.flat],
-            "ema": [] if self.ema is None else [self.ema],
+            "ema": [t for t in emas if t is not None],
         }
 
     def state(self, containing: str = "", *, copy: bool = False) -> dict[str, Tensor]:
@@ -271,14 +337,14 @@ class TrainableComponent:
             for name, master_hi, master_lo in zip(self.names, highs, lows, strict=True):
                 if containing not in name:
                     continue
-                if copy:
-                    tensors[name] = host_copy(master_hi, master_lo)
+                if copy:  # low halves that other ranks have sent lie in main memory
+                    tensors[name] = host_copy(master_hi if master_lo is None else master_hi.to(master_lo.device), master_lo)
                 else:
                     tensors[name] = master_hi if master_lo is None else join_master(master_hi.cpu(), master_lo.cpu())
         return tensors
 
     def ema_state(self) -> dict[str, Tensor]:
-        """Return the EMA weights as fp32 views by parameter name. Empty without an EMA."""
+        """Return the EMA weights as fp32 views by parameter name. Empty without an EMA, or if it is not collected."""
         return {} if self.ema is None else dict(zip(self.names, self.layout.views(self.ema), strict=True))
 
     @contextmanager
@@ -298,12 +364,14 @@ class TrainableComponent:
         return join_master(data.cpu(), self._frozen_lo[name]) if name in self._frozen_lo else data
 
     def release(self) -> None:
-        """End the stage: restore the module's exact fp32 weights and drop its gradients."""
+        """End the stage on all ranks: restore the module's exact fp32 weights and drop its gradients."""
         for hook in self._hooks:
             hook.remove()
         if self.gradients is not None:
             self.gradients.release()
+        self.collect(everywhere=True)
         exact_weights = self.state()
+        self.drop_collected()
         for name, parameter in self.module.named_parameters():
             parameter.data = exact_weights[name].to(parameter.device)
             parameter.grad = None

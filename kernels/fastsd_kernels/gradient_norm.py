@@ -17,7 +17,7 @@ tree, and the programs in fp64.  The reference, all in fp64, differs in the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -29,21 +29,29 @@ from fastsd_kernels.arena import TILES, chunks, dense, load, pair_sum, require_d
 from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
 from fastsd_kernels.ops import Calls, GradientNorm, Op
 
+Merge = Callable[[Tensor], Tensor]
+
 
 @torch.no_grad()
-def gradient_norm_reference(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def gradient_norm_reference(grads: Sequence[Tensor], *, merge: Merge | None = None) -> tuple[Tensor, Tensor]:
     """Compute the L2 norm of all gradients.
 
     Args:
         grads: at least one tensor, fp32 or bf16, on one device.
+        merge: called with this process's partial sums of squares, fp64 (K,), and returns those of all processes that share the
+            gradients; None = there are no others.
 
     Returns:
         norm: 0-dim fp32. It is infinite if it exceeds fp32, even if all gradients are finite.
         found_inf: 0-dim bool, True if any gradient is not finite. The optimizers take it as `found_inf`.
     """
     squares = [g.double().square().sum() for (chunk,) in chunks(grads) for g in chunk]
-    total = torch.stack(squares).sum()
+    total = _merged(torch.stack(squares), merge).sum()
     return total.sqrt().float(), ~torch.isfinite(total)
+
+
+def _merged(sums_K: Tensor, merge: Merge | None) -> Tensor:
+    return sums_K if merge is None else merge(sums_K)
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
@@ -119,7 +127,7 @@ _norm_op.register_fake(lambda sums_K: (sums_K.new_empty((), dtype=torch.float32)
 
 
 @torch.no_grad()
-def gradient_norm_triton(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def gradient_norm_triton(grads: Sequence[Tensor], *, merge: Merge | None = None) -> tuple[Tensor, Tensor]:
     """`gradient_norm_reference` with one launch per tensor and one for the total.
 
     Raises:
@@ -132,11 +140,11 @@ def gradient_norm_triton(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
     # Only a gradient with gaps or repeats, which no backward leaves in a parameter, is copied.
     sums = [_squares_op(g if dense(g) else g.contiguous()) for g in grads]
-    return _norm_op(sums[0] if len(sums) == 1 else torch.cat(sums))
+    return _norm_op(_merged(sums[0] if len(sums) == 1 else torch.cat(sums), merge))
 
 
 @torch.no_grad()
-def gradient_norm_cpu(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def gradient_norm_cpu(grads: Sequence[Tensor], *, merge: Merge | None = None) -> tuple[Tensor, Tensor]:
     """`gradient_norm_reference` in one pass.
 
     Raises:
@@ -151,7 +159,7 @@ def gradient_norm_cpu(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     # Only a gradient with gaps or repeats is copied; no backward leaves such a gradient in a parameter.
     grads = [g if dense(g) else g.contiguous() for g in grads]
     rows = [(None, g, None, None, None, None) for g in grads]
-    total = cpu_optimizers.call("gradient_norm", rows, None, ())[0].sum()
+    total = _merged(cpu_optimizers.call("gradient_norm", rows, None, ())[0], merge).sum()
     return total.sqrt().float(), ~torch.isfinite(total)
 
 

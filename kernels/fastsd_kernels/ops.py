@@ -103,8 +103,8 @@ class AddNoise(Protocol):
 
 
 class GradientNorm(Protocol):
-    def __call__(self, grads: Tensors) -> tuple[Tensor, Tensor]:
-        """Return the norm, 0-dim fp32, and found_inf, 0-dim bool."""
+    def __call__(self, grads: Tensors, *, merge: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the norm, 0-dim fp32, and found_inf, 0-dim bool. `merge` adds other processes' partial sums, fp64 (K,)."""
 
 
 class Lion(Protocol):

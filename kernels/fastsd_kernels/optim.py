@@ -26,6 +26,7 @@ from fastsd_kernels.ops import StepOptions, StepSettings, Tensors
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
 Select = Callable[[Tensor], Tensor]
+Join = Callable[[Tensor], Tensor]
 
 SMALL = 1 << 22  # elements: 16 MB per fp32 tensor
 # The state that all parameters share is an entry of `state`, so that torch saves, loads and copies it.
@@ -102,19 +103,19 @@ class FastOptimizer(Optimizer):
 
     @torch.no_grad()
     def update(
-        self, gradient: Tensor, *, select: Select | None = None, found_inf: Tensor | None = None, scale: Tensor | None = None
+        self, *gradients: Tensor, select: Select | None = None, found_inf: Tensor | None = None, scale: Tensor | None = None
     ) -> None:
-        """Update the optimizer's only parameter, an arena, or some of its elements.
+        """Update the parameters of the optimizer's only group: an arena, some of its elements, or pieces of it.
 
         Args:
-            gradient: fp32 or bf16, in the layout of the arena or of the selected elements.
+            gradients: one for each parameter, fp32 or bf16, in its layout or that of the selected elements.
             select: maps any tensor in the arena's layout to the elements to update; None = the whole arena.
             scale: factor of the gradient, 0-dim fp32 on the device.
 
         Every element must be updated once before `finish` ends the step.
         """
         (group,) = self.param_groups
-        self._update(group, [0], [gradient], select, {"found_inf": found_inf, "scale": scale})
+        self._update(group, [*range(len(gradients))], gradients, select, {"found_inf": found_inf, "scale": scale})
 
     @torch.no_grad()
     def finish(self, *, found_inf: Tensor | None = None) -> Tensor:
@@ -127,6 +128,14 @@ class FastOptimizer(Optimizer):
         overflow = self._overflow.clone()
         self._overflow.zero_()
         return overflow
+
+    def partial_sums(self) -> Tensor:
+        """Return what this process's updates have added up, fp64 (S,), for `merge_sums` of all that share the step."""
+        return self._overflow.double().view(1)
+
+    def merge_sums(self, sums_RS: Tensor, join: Join) -> None:
+        """Replace the partial sums by those of R processes. `join` puts (R, K) sums of their parameters into one order."""
+        self._overflow.copy_(sums_RS[:, 0].any())
 
     def discard_updates(self) -> None:
         """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
@@ -302,6 +311,15 @@ class DLion(FastOptimizer):
             _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or use one optimizer per component")
         (params, grads, exp_avgs, s), settings = self._op_arguments(group, indices, grads, select, options)
         self._sums.append(self.ops.dlion(params, grads, exp_avgs, s, self.step_size, **settings))
+
+    def partial_sums(self) -> Tensor:
+        return torch.cat([super().partial_sums(), *(torch.cat(sums).double() for sums in zip(*self._sums, strict=True))])
+
+    def merge_sums(self, sums_RS: Tensor, join: Join) -> None:
+        super().merge_sums(sums_RS, join)
+        dots_RK, l1_RK = sums_RS[:, 1:].chunk(2, dim=1)
+        dtype = self._sums[0][0].dtype  # from which they were converted without a loss
+        self._sums = [(join(dots_RK).to(dtype), join(l1_RK).to(dtype))]
 
     def discard_updates(self) -> None:
         super().discard_updates()

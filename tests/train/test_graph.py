@@ -13,6 +13,7 @@ from fastsd.model.unet import UNetConfig
 from fastsd.train.device import choose_ops
 from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import set_precision
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 
 STEPS = WARM_UP + 4
@@ -60,10 +61,10 @@ def pinned_batches(sizes: list[int], weighted: bool = False):
         yield type(batch)(*(tensor.pin_memory() for tensor in tensors), [], **extra)
 
 
-def train(folder, kernels, graph, sizes, after_step=lambda step: None, weighted=False, **settings):
+def train(folder, kernels, graph, sizes, after_step=lambda step: None, weighted=False, ranks=ALONE, warn=print, **settings):
     model = gpu_model(folder, kernels, settings["precision"])
     model.unet.checkpointing = settings.get("checkpointing", "none")
-    step = Step(model, stage_of(schedule="cosine", **settings), len(sizes), seed=0, graph=graph)
+    step = Step(model, stage_of(schedule="cosine", **settings), len(sizes), seed=0, graph=graph, ranks=ranks, warn=warn)
     losses = []
     for i, batch in enumerate(pinned_batches(sizes, weighted)):
         losses.append(step(batch, i).loss)
@@ -98,6 +99,55 @@ def test_graph_reads_when_d_freezes(gpu_kernels, tmp_path):
 
 def test_one_graph_per_batch_size(gpu_kernels, tmp_path):
     assert_graph_is_bit_equal(tmp_path, gpu_kernels, [4, 2] * STEPS, **OPTIMIZERS["lion"], precision="bf16")
+
+
+class Mirrored(Ranks):
+    """Rank 0 of two, whose other rank has the same gradients and never changes its piece of the weights."""
+
+    def exchange(self, received, sent):
+        received.view(2, -1).copy_(sent[: len(sent) // 2])
+
+    def gather(self, received, piece):
+        if received.data_ptr() != piece.data_ptr():
+            received.view(2, -1).copy_(piece)
+
+    def finish(self, works):
+        pass
+
+    def least(self, number):
+        return number
+
+    def any_rank(self, event):
+        return bool(event)
+
+
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_steps_of_ranks_are_captured(shard_state, stand_in, tmp_path, monkeypatch):
+    settings = {**OPTIMIZERS["dlion"], "precision": "bf16", "grad_clip": 0.5, "ema": 0.9, "shard_state": shard_state}
+    options = {"batch": 8, "ranks": Mirrored(0, 2, 0, 2)}
+    assert_graph_is_bit_equal(tmp_path, "reference", [4] * STEPS, **settings, **options)
+
+    # Another rank needs a capture, or eager calls: this one does not replay its graph.
+    _, _, step = train(tmp_path / "model", "reference", True, [4] * STEPS, **settings, **options)
+    captures, batch = len(stand_in.capture_options), next(pinned_batches([4]))
+    step(batch, STEPS)
+    assert len(stand_in.capture_options) == captures
+    monkeypatch.setattr(Mirrored, "least", lambda self, number: min(number, -1))
+    step(batch, STEPS)
+    assert len(stand_in.capture_options) == captures + 1
+    monkeypatch.setattr(Mirrored, "least", lambda self, number: min(number, -2))
+    step(batch, STEPS)
+    assert len(stand_in.capture_options) == captures + 1 and not step._graphs._captures
+
+
+def test_ranks_that_cannot_be_captured_go_on_without_graphs(stand_in, tmp_path):
+    settings = {**OPTIMIZERS["lion"], "precision": "bf16"}
+    sizes, warnings, ranks = [4] * STEPS, [], {"batch": 8, "ranks": Mirrored(0, 2, 0, 2)}
+    eager, _, _ = train(tmp_path / "eager", "reference", False, sizes, **settings, **ranks)
+    stand_in.capture_error = RuntimeError("operation not permitted")
+    plain, _, step = train(tmp_path / "graph", "reference", True, sizes, warn=warnings.append, **settings, **ranks)
+    assert says(warnings[0], "ranks-no-graph", ranks=2, reason="operation not permitted") and len(warnings) == 1
+    assert not step._graphs._captures and all(torch.equal(a, b) for a, b in zip(eager, plain, strict=True))
 
 
 @pytest.mark.slow

@@ -1,21 +1,23 @@
 """The environment of ranks, the refusal of what several ranks cannot train, and sums of gradients: their bits and bytes."""
 
+import json
 import os
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import ended, start_ranks, store_of_ranks
-from sentences import refused, says
-from step_inputs import batches, stage_of
+from sentences import refused
+from step_inputs import OPTIMIZERS, batches, stage_of
 from tiny import ONE_LEVEL, make_tiny_model
 
 from fastsd.data.loader import Batch
 from fastsd.model.unet import UNetConfig
-from fastsd.train import gradient_sums
-from fastsd.train.ranks import ALONE, Ranks, check_stage, graph_note, joined_ranks, local_device, ranks_of
+from fastsd.train import shards
+from fastsd.train.ranks import ALONE, Ranks, check_stage, joined_ranks, local_device, ranks_of
 from fastsd.train.step import Step
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -35,6 +37,7 @@ def test_ranks_come_from_the_environment_of_torchrun():
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     third = Ranks(10, 12, 2, 3)
     assert [local_device(name, third) for name in ("auto", "cuda", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
@@ -43,9 +46,10 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
         local_device("cuda:1", third)
     with refused("ranks-too-many", ranks=4, gpus=3, gpus_3=3):
         local_device("auto", Ranks(0, 4, 0, 4))
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert says(graph_note(third, gpu, graph=True)[0], "ranks-no-graph", ranks=12)
-    assert not graph_note(third, gpu, graph=False) + graph_note(third, cpu, graph=True) + graph_note(ALONE, gpu, graph=True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert local_device("cpu", third) == "cpu" and local_device("cuda", ALONE) == "cuda"
+    with refused("ranks-no-nccl", ranks=12):
+        local_device("auto", third)
 
 
 def test_a_stage_that_ranks_cannot_share_is_refused():
@@ -89,33 +93,44 @@ def sent_bytes() -> int:
     return total
 
 
-def train_steps(model: str, output: str, chunk: str, batch: str) -> None:
-    """Train three steps as one rank, and store the weights, the state and the counts of each rank."""
-    gradient_sums.CHUNK = int(chunk)
+def train_steps(model: str, output: str, batch: str, *cases: str) -> None:
+    """Train three steps of each case as one rank, and store what they have made and sent."""
     with joined_ranks() as ranks:
-        loaded = make_tiny_model(Path(f"{model}-{ranks.rank}"), UNetConfig(**ONE_LEVEL))
-        stage = stage_of(batch=int(batch), micro_batch=SHARE, optimizer="dlion", d0=1e-4, grad_clip=0.5, ema=0.5)
-        step = Step(loaded, stage, 3, seed=0, ranks=ranks)
-        images, early, before = slice(ranks.rank * step.images, (ranks.rank + 1) * step.images), [], sent_bytes()
-        results = []
-        for number, whole in enumerate(batches(3, stage.batch)):
-            # So small that a matmul adds up all rows of its result before it adds to the sums.
-            latents_BCHW = whole.latents_BCHW[images, :, :8, :8].contiguous()
-            shared = Batch(latents_BCHW, whole.token_ids_BL[images], whole.positions_B[images], whole.captions[images])
-            results.append(step(shared, number).loss)
-            early.append(step._sums.early if step._sums else 0)
-        ranks.wait()  # until the others have received everything, which the kernel may still hold back
-        sent, predicted = sent_bytes() - before, step._sums.sent_bytes if step._sums else 0
-        chunks = len(step._sums._chunks) if step._sums else 0
-        tensors = [*results, *(tensor for role in step.tensors_by_role().values() for tensor in role)]
-        torch.save([tensors, early, chunks, sent, predicted], f"{output}-{ranks.rank}")
+        stored = [train_case(f"{model}-{ranks.rank}", int(batch), ranks, **json.loads(case)) for case in cases]
+        torch.save(stored, f"{output}-{ranks.rank}")
 
 
-def train_on(world: int, folder: Path, *, batch: int, chunk: int = 40_000, machines: int = 1) -> list[list]:
-    """Run `train_steps` on ranks, and return the results of each."""
+def train_case(folder: str, batch: int, ranks: Ranks, chunk: int, **keys) -> dict[str, Any]:
+    shards.CHUNK = chunk
+    loaded = make_tiny_model(Path(folder), UNetConfig(**ONE_LEVEL))
+    stage = stage_of(batch=batch, micro_batch=SHARE, grad_clip=0.5, ema=0.5, **keys)
+    step = Step(loaded, stage, 3, seed=0, ranks=ranks)
+    images, early, before = slice(ranks.rank * step.images, (ranks.rank + 1) * step.images), [], sent_bytes()
+    losses = []
+    for number, whole in enumerate(batches(3, stage.batch)):
+        # So small that a matmul adds up all rows of its result before it adds to the sums.
+        latents_BCHW = whole.latents_BCHW[images, :, :8, :8].contiguous()
+        shared = Batch(latents_BCHW, whole.token_ids_BL[images], whole.positions_B[images], whole.captions[images])
+        result = step(shared, number)
+        losses += [result.loss, result.grad_norm]
+        early.append(step._sums.early if step._sums else 0)
+    ranks.wait()  # until the others have received everything, which the kernel may still hold back
+    counts = {"early": early, "sent": sent_bytes() - before, "chunks": len(step._sums._chunks) if step._sums else 0}
+    counts["predicted"] = sum(part.sent_bytes for part in (step._sums, step._shards) if part)
+    kept = {role: sum(t.numel() * t.element_size() for t in ts) for role, ts in step.tensors_by_role().items()}
+    tensors = [*losses, *(tensor for role in step.tensors_by_role().values() for tensor in role)]
+    state = {key: tensor.clone() for key, tensor in step.state_dict().items()}
+    exact = {key: tensor.clone() for key, tensor in step.components["unet"].state().items()} if ranks.main else {}
+    step.release()
+    weights = {key: weight.clone() for key, weight in loaded.unet.state_dict().items()}
+    return counts | {"losses": losses, "tensors": tensors, "kept": kept, "state": state, "exact": exact, "weights": weights}
+
+
+def train_on(world: int, folder: Path, *cases: dict[str, Any], batch: int, machines: int = 1) -> list[list[dict[str, Any]]]:
+    """Run `train_steps` on ranks, and return the results of each rank and case."""
     with store_of_ranks(world) as shared:
         shared["LOCAL_WORLD_SIZE"] = str(world // machines)
-        arguments = [str(folder / "model"), str(folder / "rank"), str(chunk), str(batch)]
+        arguments = [str(folder / "model"), str(folder / "rank"), str(batch), *map(json.dumps, cases)]
         ranks = start_ranks(shared, "call", __file__, "train_steps", arguments, [str(folder / "out"), str(folder / "err")])
         codes = ended(ranks)
     assert codes == [0] * world, (folder / "err").read_text()
@@ -126,21 +141,51 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
+DLION = {"optimizer": "dlion", "d0": 1e-4}
+PLAIN = {**DLION, "chunk": 40_000}
+SHARDED = [
+    {"chunk": 40_000, "precision": precision, "shard_state": True, **keys}
+    for precision, keys in (("bf16", DLION), ("fp32", {"optimizer": "lion", "lr": 1e-3}), ("bf16", OPTIMIZERS["adamw"]))
+]
+WITHOUT_SHARDS = [{**case, "shard_state": False} for case in SHARDED]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_have_the_bits_of_micro_batches_and_send_what_is_predicted(tmp_path, world):
     """Three ranks do not divide the arena, so a few of its elements are summed apart."""
-    ((alone, *_),) = train_on(1, tmp_path, batch=SHARE * world)
-    for tensors, early, chunks, sent, predicted in train_on(world, tmp_path, batch=SHARE * world):
-        assert same(tensors, alone)
-        assert early == [0, chunks, chunks] and chunks > 4
-        assert predicted <= sent / 3 < 1.05 * predicted
+    ((alone, *unsharded),) = train_on(1, tmp_path, PLAIN, *WITHOUT_SHARDS, batch=SHARE * world)
+    for rank, (plain, *sharded) in enumerate(train_on(world, tmp_path, PLAIN, *SHARDED, batch=SHARE * world)):
+        assert same(plain["tensors"], alone["tensors"])
+        for case in (plain, *sharded):
+            assert case["early"] == [0, case["chunks"], case["chunks"]] and case["chunks"] > 1
+            assert case["predicted"] <= case["sent"] / 3 < 1.05 * case["predicted"]
+        for case, expected in zip(sharded, unsharded, strict=True):
+            assert same(case["losses"], expected["losses"]) and same_state(case["weights"], expected["weights"])
+            assert rank or (same_state(case["exact"], expected["exact"]) and same_state(case["state"], expected["state"]))
+            whole, kept = expected["kept"]["ema"] // 4, case["kept"]
+            piece = shards.sharded_size(whole, world)
+            assert kept["ema"] == 4 * piece < expected["kept"]["ema"] and whole <= world * piece < whole + world * shards.BLOCK
+            assert abs(kept["state"] / expected["kept"]["state"] - piece / whole) < 1e-4
+
+
+def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Compare bits, but those of D-Lion's two numbers, whose sums pieces round elsewhere, up to 12 digits."""
+    assert first.keys() == second.keys()
+    equal = [torch.equal(first[key], second[key]) for key in first if first[key].dtype != torch.float64]
+    close = [torch.allclose(first[key], second[key], rtol=1e-12) for key in first if first[key].dtype == torch.float64]
+    return all(equal + close)
 
 
 def test_ranks_on_several_machines_repeat_their_bits(tmp_path):
-    first, again = (train_on(2, tmp_path, batch=2 * SHARE, machines=2) for _ in range(2))
-    (alone,) = train_on(1, tmp_path, batch=2 * SHARE)
-    for (tensors, early, chunks, sent, predicted), (repeated, *_) in zip(first, again, strict=True):
-        assert same(tensors, repeated) and same(tensors, first[0][0])
-        assert all(torch.allclose(tensor, expected, atol=1e-6) for tensor, expected in zip(tensors, alone[0], strict=True))
-        assert early == [0, chunks, chunks]
-        assert predicted <= sent / 3 < 1.05 * predicted
+    cases = PLAIN, SHARDED[0]
+    first, again = (train_on(2, tmp_path, *cases, batch=2 * SHARE, machines=2) for _ in range(2))
+    (alone,) = train_on(1, tmp_path, PLAIN, WITHOUT_SHARDS[0], batch=2 * SHARE)
+    for rank, results in enumerate(first):
+        for i, case in enumerate(results):
+            repeated = again[rank][i]
+            assert same(case["tensors"], repeated["tensors"]) and same_state(case["weights"], first[0][i]["weights"])
+            assert rank or same_state(case["state"], repeated["state"])
+            for key, weight in alone[i]["weights"].items():
+                assert torch.allclose(case["weights"][key], weight, atol=1e-6)
+            assert case["early"] == [0, case["chunks"], case["chunks"]] and case["predicted"] <= case["sent"] / 3
+            assert i or case["sent"] / 3 < 1.05 * case["predicted"]  # gloo's reduce-scatter sends as much as an all-reduce
