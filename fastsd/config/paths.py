@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from fastsd.errors import UserError
+
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -30,3 +32,24 @@ def expanded(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expanded)]
+
+
+def listed_paths(path: str) -> set[str]:
+    """Read the absolute paths in the list `data.exclude_files`.
+
+    The list is a text file in UTF-8 with one path per line, as fastsd shows paths: a file, or tar/member. Relative paths start
+    at the current folder. Text after a tab is a note. Empty lines and lines that start with # are skipped.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.rstrip("\n").partition("\t")[0] for line in file if not line.startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise UserError(
+            "exclusion-unreadable",
+            f"data.exclude_files is {path!r}, which cannot be read ({reason}); give a text file with one path per line",
+        ) from None
+    return {os.path.abspath(name) for name in names if name.strip()}

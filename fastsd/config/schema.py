@@ -128,6 +128,7 @@ class DataTable(Table):
     masks: str = ""  # suffix of the masks beside images, such as "-mask.png"; white is learned; "" = none
     include: list[str] = []  # use only images with at least one of these tags
     exclude: list[str] = []  # use no image with any of these tags
+    exclude_files: PathText = ""  # list of images that are not used, a text file with one path per line; "" = none
 
     @field_validator("folders")  # here, because a union of types would report a problem of a path once for each type
     @classmethod

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastsd.config.paths import listed_paths
 from fastsd.config.schema import Config, DataTable
 from fastsd.data.rows import LATENTS, Index, Rows, damage_error, read_header
 from fastsd.errors import UserError
@@ -154,7 +155,11 @@ def _settings(config: Config, vae_hash: str, folders: list[str]) -> list[object]
     data = config.data
     # Keys added in later versions enter the name only if they are set, so existing views keep their names.
     added = {"weight_key": "", "masks": "", "caption_lines": "variants", "captions": "file"}
-    optional_settings = [{key: value} for key, default in added.items() if (value := getattr(data, key)) != default]
+    optional_settings: list[object] = [
+        {key: value} for key, default in added.items() if (value := getattr(data, key)) != default
+    ]
+    if data.exclude_files:  # the list, and not its path, determines the samples
+        optional_settings.append({"exclude_files": sorted(listed_paths(data.exclude_files))})
     return [vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *optional_settings]
 
 

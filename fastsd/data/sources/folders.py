@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 from fastsd.config.schema import DataTable, FolderTable
 from fastsd.data.sources import metadata, tars
+from fastsd.data.sources.exclusion import without_listed
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -343,9 +344,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def scan_for(data: DataTable, unused: ReportUnused = lambda path, reason: None) -> Iterator[DataSource]:
-    """Call `scan` with the settings of `[data]`."""
+    """Call `scan` with the settings of `[data]`, and leave out the images that data.exclude_files names."""
     keys = ("captions", "caption_key", "caption_lines", "weight_key", "latents", "masks")
-    return scan(data.roots, **{key: getattr(data, key) for key in keys}, unused=unused)
+    sources = scan(data.roots, **{key: getattr(data, key) for key in keys}, unused=unused)
+    return without_listed(sources, data.exclude_files, unused) if data.exclude_files else sources
 
 
 def count(data: DataTable, unused: ReportUnused = lambda path, reason: None) -> tuple[int, int]:

@@ -13,6 +13,8 @@ HIDDEN = "hidden, or made by a system"
 STRAY = "caption without an image of the same name"
 REPEATED = "a folder or tar that is read under another name"
 METADATA = "metadata file"  # used for captions or weights
+EXCLUDED = "excluded by data.exclude_files"
+UNMATCHED = "line of data.exclude_files without an image"
 
 ReportUnused = Callable[[str, str], None]  # receives a path and one of the reasons above
 _EXAMPLES = 3
@@ -42,14 +44,21 @@ class UnusedFiles:
             for reason, text, names in (
                 (OTHER, "other files are ignored", self._ending_list()),
                 (HIDDEN, "hidden files and folders of systems are skipped", self._example_list(HIDDEN)),
+                (EXCLUDED, "images are excluded by data.exclude_files", self._example_list(EXCLUDED)),
             )
             if (count := self._counts[reason])
         ]
 
     def warnings(self) -> list[str]:
         """Return a sentence for each reason that may be a mistake."""
-        count = self._counts[STRAY]
-        return [f"{count} captions have no image of the same name: {self._example_list(STRAY)}"] if count else []
+        return [
+            f"{count} {text}: {self._example_list(reason)}"
+            for reason, text in (
+                (STRAY, "captions have no image of the same name"),
+                (UNMATCHED, "lines of data.exclude_files name no image of data.folders"),
+            )
+            if (count := self._counts[reason])
+        ]
 
     def _ending_list(self) -> str:
         counts = sorted(self._endings.items(), key=lambda item: (-item[1], item[0]))

@@ -16,6 +16,7 @@ from fastsd.config.schema import FolderTable
 from fastsd.data.building import decode
 from fastsd.data.cache import LatentCache
 from fastsd.data.sources.folders import captions_of, scan
+from fastsd.data.sources.image import shown
 from fastsd.data.sources.unused import HIDDEN, METADATA, OTHER, STRAY
 
 
@@ -252,3 +253,27 @@ def test_a_console_that_lacks_characters_ends_nothing(folder, monkeypatch, encod
         sys.stdout.flush()
         text = text.replace("\u00b1", "+-") if encoding == "ascii" else text
         assert end.value.code == 0 and text.encode(encoding, "backslashreplace") in buffer.getvalue()
+
+
+def test_listed_images_are_excluded_and_lines_without_an_image_are_named(folder, monkeypatch):
+    names = ["a.png", "b.png", "d\té.png", os.fsdecode(b"e\xff.png")]
+    folder.put_good(*names)
+    (folder / "t.tar").write_bytes(tar_of(*shot("m", 8), *shot("n", 9)))
+    assert len(folder.cached()) == 6
+    full_view = LatentCache.open(folder.cache).name
+    monkeypatch.chdir(folder.path)
+    listed = [str(folder / "a.png"), "b.png", f"{folder / 't.tar'}/m.png", *(shown(folder / name) for name in names[2:])]
+    exclusion = folder.path.parent / "list.tsv"
+    exclusion.write_text("\ufeff# path\terror\n\n" + "".join(f"{path}\t9.5\r\n" for path in [*listed, "gone.png"]))
+    key = f"data.exclude_files={exclusion}"
+    assert folder.cached(key) == {"n"}
+    assert says(folder.out, "images-cached", cached=1, images=1, encoded=0)
+    assert says(folder.out, "unused-excluded", count=5) and says(folder.out, "unused-lines", count=1, names="gone.png")
+    assert LatentCache.open(folder.cache).name != full_view
+    assert "error" not in folder.run("check", key) and len(folder.cached()) == 6
+
+    exclusion.write_text("".join(f"{path}\n" for path in [*listed, f"{folder / 't.tar'}/n.png"]))
+    assert says(folder.run("cache", key, code=2), "exclusion-leaves-none", path=exclusion, count=6)
+    exclusion.write_bytes(b"a\xff")
+    assert says(folder.run("cache", key, code=2), "exclusion-unreadable", reason="not UTF-8 at byte 1")
+    assert says(folder.run("check", f"{key}x", code=2), "exclusion-unreadable", reason="No such file or directory")
