@@ -14,7 +14,7 @@ number does not depend on where in a vector register it was computed.
 
 `add_noise` is the forward process in one pass.  The noise is generated where it is used, and stored only as the target:
 
-    x_t = signal_t x_0 + sigma_t eps        target = eps, or v = signal_t eps - sigma_t x_0
+    x_t = signal_t x_0 + sigma_t eps        target = eps, v = signal_t eps - sigma_t x_0, or u = eps - x_0 of a flow
 
 Bytes moved, per element: x_0 read, x_t and target written: 12, or 10 with x_0 in 16 bits.  The kernel takes logarithm and
 cosine in fp64, too, so its normals equal the reference's, except for one in about 10^7 that differs in the last bit.  On a
@@ -45,6 +45,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+TARGETS = {"epsilon": 0, "v_prediction": 1, "flow": 2}
+_VELOCITY, _FLOW = TARGETS["v_prediction"], TARGETS["flow"]
 SORTED = 1 << 16  # elements up to which a permutation is made by sorting
 _FEISTEL_ROUNDS = 8  # even, so that the halves end where they began
 
@@ -187,7 +189,7 @@ def add_noise_reference(
         t_B: int64 timesteps in [0, T).
         signal_T, sigma_T: fp32, sqrt(abar_t) and sqrt(1 - abar_t).
         seed: 0 <= seed < 2**64.
-        prediction: "epsilon" or "v_prediction".
+        prediction: "epsilon", "v_prediction", or "flow", whose x_t is (1 - s) x_0 + s eps.
 
     Returns:
         (x_t, target): fp32 (B, C, H, W).
@@ -196,19 +198,23 @@ def add_noise_reference(
         ValueError: another prediction.
 
     Source: Ho et al. 2020, "Denoising diffusion probabilistic models", equation 4; Salimans and Ho 2022, "Progressive
-    distillation for fast sampling of diffusion models", appendix D.
+    distillation for fast sampling of diffusion models", appendix D; Liu et al. 2023, "Flow straight and fast", equation 1.
     """
-    velocity = _is_velocity(prediction)
+    target = _target(prediction)
     x_BCHW = latents_BCHW.float()
     eps_BCHW = normal(seed, Purpose.NOISE, positions_B, tuple(x_BCHW.shape[1:]))
     signal, sigma = (table_T[t_B][:, None, None, None] for table_T in (signal_T, sigma_T))
-    return signal * x_BCHW + sigma * eps_BCHW, signal * eps_BCHW - sigma * x_BCHW if velocity else eps_BCHW
+    noisy_BCHW = signal * x_BCHW + sigma * eps_BCHW
+    if target == _VELOCITY:
+        return noisy_BCHW, signal * eps_BCHW - sigma * x_BCHW
+    return noisy_BCHW, eps_BCHW - x_BCHW if target == _FLOW else eps_BCHW
 
 
-def _is_velocity(prediction: str) -> bool:
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f'add_noise: prediction is "{prediction}"; use "epsilon" or "v_prediction"')
-    return prediction == "v_prediction"
+def _target(prediction: str) -> int:
+    """Return the number by which kernels know what a model predicts."""
+    if prediction not in TARGETS:
+        raise ValueError(f'add_noise: prediction is "{prediction}"; use {", ".join(map(repr, TARGETS))}'.replace("'", '"'))
+    return TARGETS[prediction]
 
 
 @triton.jit
@@ -283,7 +289,7 @@ def _normal(n_ptr, position_ptr, seed: tl.int64, purpose: tl.int32, count, BLOCK
 def _add_noise(
     x_ptr, xt_ptr, target_ptr, position_ptr, t_ptr, signal_ptr, sigma_ptr,
     seed: tl.int64, purpose: tl.int32, count,
-    VELOCITY: tl.constexpr, BLOCK: tl.constexpr,
+    TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(count, 4 * BLOCK)
     i_sample, i_block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
@@ -295,7 +301,13 @@ def _add_noise(
     start = i_sample.to(tl.int64) * count
     x = tl.load(x_ptr + start + offs, mask, other=0.0).to(tl.float32)
     tl.store(xt_ptr + start + offs, signal * x + sigma * eps, mask)
-    tl.store(target_ptr + start + offs, signal * eps - sigma * x if VELOCITY else eps, mask)
+    if TARGET == 1:
+        target = signal * eps - sigma * x
+    elif TARGET == 2:
+        target = eps - x
+    else:
+        target = eps
+    tl.store(target_ptr + start + offs, target, mask)
 
 
 # (blocks of four elements, warps) of a tile, for every architecture. One block a thread is 128 bits of fp32, and takes few
@@ -322,14 +334,14 @@ def normal_forward(seed: int, purpose: int, position_B: Tensor, shape: Sequence[
 
 
 def add_noise_forward(
-    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, target: int
 ) -> tuple[Tensor, Tensor]:
-    """Return (x_t, target), fp32 (B, C, H, W), contiguous. seed: an int64, see `_signed`."""
+    """Return (x_t, target), fp32 (B, C, H, W), contiguous. seed: an int64, see `_signed`; target: a value of `TARGETS`."""
     x = latents_BCHW.contiguous()  # an element's noise follows from its place in this order: other layouts are copied
-    x_t, target = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
-    operands = (x, x_t, target, *(v.contiguous() for v in (positions_B, t_B, signal_T, sigma_T)))
-    _launch(_add_noise, operands, seed, Purpose.NOISE, len(x), math.prod(x.shape[1:]), VELOCITY=velocity)
-    return x_t, target
+    x_t, target_BCHW = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
+    operands = (x, x_t, target_BCHW, *(v.contiguous() for v in (positions_B, t_B, signal_T, sigma_T)))
+    _launch(_add_noise, operands, seed, Purpose.NOISE, len(x), math.prod(x.shape[1:]), TARGET=target)
+    return x_t, target_BCHW
 
 
 _normal_op = custom_op("normal")(normal_forward)
@@ -343,10 +355,10 @@ def _(seed: int, purpose: int, position_B: Tensor, shape: Sequence[int]) -> Tens
 
 @_add_noise_op.register_fake
 def _(
-    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, target: int
 ) -> tuple[Tensor, Tensor]:
-    x_t, target = (latents_BCHW.new_empty(latents_BCHW.shape, dtype=torch.float32) for _ in range(2))
-    return x_t, target
+    x_t, target_BCHW = (latents_BCHW.new_empty(latents_BCHW.shape, dtype=torch.float32) for _ in range(2))
+    return x_t, target_BCHW
 
 
 def _signed(seed: int) -> int:
@@ -380,11 +392,11 @@ def add_noise_triton(
     Raises:
         ValueError: another prediction, a dtype that `add_noise_reference` does not name, or a device that runs no kernels.
     """
-    velocity = _is_velocity(prediction)
+    target = _target(prediction)
     require_device("add_noise", latents_BCHW, positions_B, t_B, signal_T, sigma_T)
     if latents_BCHW.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"add_noise: latents are {latents_BCHW.dtype}; use float32, bfloat16 or float16")
-    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), velocity)
+    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), target)
 
 
 def _normal_calls() -> Calls:
@@ -395,8 +407,8 @@ def _normal_calls() -> Calls:
 
 def _add_noise_calls() -> Calls:
     position, table = meta(workload.BATCH, dtype=torch.int64), meta(1000)
-    for velocity in (False, True):
-        add_noise_forward(meta(workload.BATCH, 4, 64, 64), position, position, table, table, 7, velocity)
+    for target in TARGETS.values():
+        add_noise_forward(meta(workload.BATCH, 4, 64, 64), position, position, table, table, 7, target)
         yield "4x64x64", "fp32"
 
 

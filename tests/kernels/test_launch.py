@@ -45,7 +45,7 @@ def geglu(rows, features):
 def noise(batch, side):
     positions, table = meta(batch, dtype=torch.int64), meta(1000)
     normal_forward(0, 0, positions, (4, side, side))
-    add_noise_forward(meta(batch, 4, side, side), positions, positions, table, table, 0, False)
+    add_noise_forward(meta(batch, 4, side, side), positions, positions, table, table, 0, 0)
 
 
 def arena(elements):

@@ -11,7 +11,16 @@ from sentences import refused
 
 from fastsd.train.objective import Objective
 from fastsd_kernels.launch import launch
-from fastsd_kernels.noise import Purpose, add_noise_reference, add_noise_triton, normal, normal_triton, philox, philox_words
+from fastsd_kernels.noise import (
+    TARGETS,
+    Purpose,
+    add_noise_reference,
+    add_noise_triton,
+    normal,
+    normal_triton,
+    philox,
+    philox_words,
+)
 
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
@@ -92,6 +101,9 @@ def test_add_noise_equals_objective(shape, dtype):
     signal, sigma = (table_T[t_B][:, None, None, None] for table_T in (objective.signal, objective.level))
     assert torch.equal(noisy, signal * latents.float() + sigma * eps)
     torch.testing.assert_close(velocity, signal * eps - sigma * latents.float(), rtol=0, atol=0)
+    x_s, flow = add_noise_triton(latents, POSITIONS, t_B, *tables, prediction="flow")
+    reference = add_noise_reference(latents, POSITIONS, t_B, *tables, prediction="flow")
+    assert torch.equal(x_s, x_t) and torch.equal(flow, reference[1]) and torch.equal(flow, eps - latents.float())
 
 
 def test_a_number_does_not_depend_on_batch_or_strides():
@@ -112,8 +124,8 @@ def test_opcheck():
     objective, latents = objective_and_latents(shape=(3, 5, 7))
     t_B = torch.zeros(len(latents), dtype=torch.int64, device=DEVICE)
     operands = (latents, POSITIONS, t_B, objective.signal, objective.level, -3)
-    torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, False))
-    torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, True))
+    for target in TARGETS.values():
+        torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, target))
     torch.library.opcheck(torch.ops.fastsd.normal.default, (7, 4, POSITIONS, (3, 5, 7)))
 
 
