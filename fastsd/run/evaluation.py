@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,20 @@ class Evaluation:
     cost: CostRecorder
     ranks: Ranks = ALONE
 
-    def missing(self) -> list[Callable[[Step], None]]:
+    def missing(self) -> Sequence[Callable[[Step], None]]:
         """Return the evaluations that were due after the newest checkpoint, but have no results because the run was ended."""
-        progress, sample = self.position.progress, self.config.sample
-        sets = len(self.sets.measured) * (1 + (self.config.stage[progress.stage].ema > 0))
-        missing: list[Callable[[Step], None]] = []
-        if progress.validation_due and sets and not self.report.has_validation(progress.step, sets):
-            missing.append(self.validate)
-        if progress.samples_due and (sample.prompts or sample.prompts_file) and not self._grid_path()[0].exists():
-            missing.append(self.sample)
-        return missing
+        validation, samples = self.ranks.decided((self._lacks_validation(), self._lacks_samples()))
+        return [self.validate] * validation + [self.sample] * samples
+
+    def _lacks_validation(self) -> bool:
+        progress = self.position.progress
+        rows = len(self.sets.measured) * (1 + (self.config.stage[progress.stage].ema > 0))
+        due = self.ranks.main and progress.validation_due and rows > 0
+        return due and not self.report.has_validation(progress.step, rows)
+
+    def _lacks_samples(self) -> bool:
+        due = self.ranks.main and self.position.progress.samples_due
+        return due and bool(self.config.sample.prompts or self.config.sample.prompts_file) and not self._grid_path()[0].exists()
 
     def sample(self, step: Step, stop: StopSignals | None = None) -> None:
         """Draw the config's sample grid, with the current weights or with the EMA weights. A signal ends the drawing."""

@@ -199,7 +199,7 @@ def test_ranks_end_together_with_one_sentence(tmp_path, jobs):
 
 def test_ranks_with_different_weights_save_nothing(tmp_path, jobs):
     path, _ = jobs
-    words = command(path, tmp_path / "run", "stage.shard_state=true")
+    words = command(path, tmp_path / "run")
     files = [str(tmp_path / "out"), str(tmp_path / "out")]
     with store_of_ranks(2) as shared:
         assert ended(start_ranks(shared, "call", __file__, "train_with_an_error", words, files)) == [2, 2]
