@@ -1,4 +1,8 @@
-"""Sample grids and validation between the training steps of a run. Neither changes anything that training reads."""
+"""Sample grids and validation between the training steps of a run. Neither changes anything that training reads.
+
+All ranks share the work: each makes some of the UNet calls that one process would make, with the same images. Rank 0 puts the
+results together, and writes them. So values and images have the bits of one process.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from PIL import Image
 
 from fastsd.config.schema import Config
@@ -21,20 +26,20 @@ from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation, ValidationRow
-from fastsd.sampling.generate import BATCH
-from fastsd.sampling.grid import sample_grid, save_grid
-from fastsd.sampling.prompts import images_of
+from fastsd.sampling.generate import BATCH, draw_share
+from fastsd.sampling.grid import grid, save_grid
+from fastsd.sampling.prompts import ImageSettings, batches_of, images_of
 from fastsd.storage import make_folder
-from fastsd.terminal.console import Console
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 
 Result = TypeVar("Result")
+_MEMORY, _SIGNAL = "out of memory", "a signal"  # reasons for which a rank does not complete its share
 
 
 @dataclass
 class Evaluation:
-    """Draws samples and runs validation in the run's current stage, on rank 0. The other ranks do nothing."""
+    """Draws samples and runs validation in the run's current stage. All ranks call the same methods in the same order."""
 
     config: Config
     model: Model
@@ -64,31 +69,34 @@ class Evaluation:
         """Draw the config's sample grid, with the current weights or with the EMA weights. A signal ends the drawing."""
         if self.config.sample.weights == "ema":
             step.collect_averages()
-        if not self.ranks.main:
-            return
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
         path, weights = self._grid_path()
         started_at = time.monotonic()
 
-        def draw(batch: int) -> tuple[Image.Image | None, int]:
+        def draw(batch: int) -> bytes:
             with ExitStack() as stack:
                 for component in step.components.values() if weights == "ema" else ():
                     if component.ema is not None:
                         stack.enter_context(component.averaged())
-                images = len(images_of(config.sample, size))
-                return sample_grid(self.model, config.sample, size, batch), images
+                drawn = draw_share(self.model, images_of(config.sample, size), config.sample, batch, self.ranks)
+            return b"".join(image.tobytes() for image in drawn.values())
 
-        grid, images = _attempt(draw, BATCH, "sampling", step, self.report.console, stop) or (None, 0)
-        if grid is None:
+        def arrange(shares: list[bytes], batch: int) -> tuple[Image.Image, int] | None:
+            images = images_of(config.sample, size)
+            return (grid(_collected(shares, images, batch), images, config.sample.images), len(images)) if images else None
+
+        result = self._attempt(draw, arrange, BATCH, "sampling", step, stop)
+        if result is None:
             return
-        self.cost.sample_seconds = (time.monotonic() - started_at) / images
+        sheet, count = result
+        self.cost.sample_seconds = (time.monotonic() - started_at) / count
         try:
             make_folder(path.parent)
-            save_grid(grid, path, config.stage_name(progress.stage), progress.step, weights)
+            save_grid(sheet, path, config.stage_name(progress.stage), progress.step, weights)
         except OSError as error:
             return self.report.console.warn(f"samples not written to {path}: {error.strerror}; training continues")
-        self.report.images(path, progress.step, grid)
+        self.report.images(path, progress.step, sheet)
 
     def _grid_path(self) -> tuple[Path, str]:
         """Return the path of the current step's grid, and the kind of weights that draw it."""
@@ -102,53 +110,107 @@ class Evaluation:
 
         A signal ends the measurement without a result.
         """
-        if self.sets.measured:
-            step.collect_averages()
-        if self.sets.measured and self.ranks.main:
-            progress, console = self.position.progress, self.report.console
+        if not self.sets.measured:
+            return
+        step.collect_averages()
+        progress = self.position.progress
+        shape: tuple[int, ...] = ()
+
+        def measure(batch: int) -> bytes:
+            nonlocal shape
+            errors_WnS = self.validation.errors(step.components.values(), batch, self.ranks)
+            shape = errors_WnS.shape
+            return errors_WnS.numpy().tobytes()
+
+        def summarize(shares: list[bytes], batch: int) -> list[ValidationRow]:
+            parts = [torch.frombuffer(bytearray(share), dtype=torch.float64).view(shape) for share in shares]
+            return self.validation.summary(torch.stack(parts).sum(dim=0))  # each value is one rank's, and 0 of the others
+
+        rows = self._attempt(measure, summarize, self.config.validate_.batch, "validation", step, stop)
+        if rows:
             stage = self.config.stage_name(progress.stage)
+            self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
-            def measure(batch: int) -> list[ValidationRow]:
-                return self.validation.rows(step.components.values(), batch)
+    def _attempt(
+        self,
+        work: Callable[[int], bytes],
+        combine: Callable[[list[bytes], int], Result],
+        batch: int,
+        task: str,
+        step: Step,
+        stop: StopSignals | None,
+    ) -> Result | None:
+        """Do this rank's share of a task, and combine the shares on rank 0.
 
-            rows = _attempt(measure, self.config.validate_.batch, "validation", step, console, stop) or []
-            if rows:
-                self.report.validation(
-                    [{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows]
-                )
+        If memory runs out on a rank, all try again with one image per forward, and then also without the memory of the step's
+        CUDA graphs. Training does not need the task, so any other error is a warning.
+
+        Args:
+            work: called with a number of images per forward. It returns the rank's share.
+            combine: called on rank 0 with the shares of all ranks, and with that number.
+
+        Returns:
+            The result of `combine`; None on other ranks, or if a rank has failed or been stopped.
+        """
+        console = self.report.console
+        for images, free in ((batch, False), (1, False), (1, True)):
+            if free:
+                step.free_graphs()
+            share, problem = _share(work, images, step, stop)
+            if problem == _MEMORY:
+                gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
+            parts = [data.split(b"\0", 1) for data in self.ranks.gathered(problem.encode() + b"\0" + share)]
+            problems = [reason.decode() for reason, _ in parts if reason]
+            if _SIGNAL in problems:
+                return None
+            if not problems and not self.ranks.main:
+                return None
+            if not problems:
+                try:
+                    return combine([data for _, data in parts], images)
+                except Exception as error:
+                    problems = [_reason(error)]
+            if reasons := [problem for problem in problems if problem != _MEMORY]:
+                console.warn(f"{task} failed ({reasons[0]}); it is skipped, training continues")
+                return None
+        console.warn(f"out of memory for {task}, even with one image at a time; {task} is skipped, training continues")
+        return None
 
 
 class _Interrupted(Exception):
     """A signal has asked the run to stop. What it interrupts is repeated when the run continues."""
 
 
-def _attempt(
-    work: Callable[[int], Result], batch: int, task: str, step: Step, console: Console, stop: StopSignals | None = None
-) -> Result | None:
-    """Call `work` with a number of images per forward. Return None, after a warning, if it fails: training does not need it.
-
-    If memory runs out, try again with one image per forward, and then also without the memory of the step's CUDA graphs.
-    """
+def _share(work: Callable[[int], bytes], images: int, step: Step, stop: StopSignals | None) -> tuple[bytes, str]:
+    """Return what `work` returns, and ""; or nothing, and why it has failed."""
 
     def check(*_: object) -> None:
         if stop:
             raise _Interrupted
 
-    for images, free in ((batch, False), (1, False), (1, True)):
-        if free:
-            step.free_graphs()
-        hook = step.model.unet.register_forward_pre_hook(check)
-        try:
-            return work(images)
-        except _Interrupted:
-            return None
-        except Exception as error:
-            if out_of_memory(error) is None:
-                reason = str(error) or type(error).__name__
-                console.warn(f"{task} failed ({reason.splitlines()[0]}); it is skipped, training continues")
-                return None
-        finally:
-            hook.remove()
-        gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
-    console.warn(f"out of memory for {task}, even with one image at a time; {task} is skipped, training continues")
-    return None
+    hook = step.model.unet.register_forward_pre_hook(check)
+    try:
+        return work(images), ""
+    except _Interrupted:
+        return b"", _SIGNAL
+    except Exception as error:
+        return b"", _MEMORY if out_of_memory(error) else _reason(error)
+    finally:
+        hook.remove()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _collected(shares: list[bytes], images: list[ImageSettings], batch: int) -> list[Image.Image]:
+    """Return the images in their order, from the shares that `draw_share` has drawn."""
+    drawn: dict[int, Image.Image] = {}
+    groups = batches_of(images, batch)
+    for rank, share in enumerate(shares):
+        start = 0
+        for i in (number for numbers in groups[rank :: len(shares)] for number in numbers):
+            size = images[i].width, images[i].height
+            end = start + 3 * size[0] * size[1]
+            drawn[i], start = Image.frombytes("RGB", size, share[start:end]), end
+    return [drawn[i] for i in range(len(images))]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from fastsd.config.schema import Config
 from fastsd.data.loader import Batch, Stream
@@ -39,11 +38,8 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True, sta
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with (
-        own_folder(config, console, ranks) as (config, console),
-        stop_signals(Path(config.run)) as signals,
-        notified_end(config, console),
-    ):
+    config, console = _visible(config, console, ranks)
+    with stop_signals(Path(config.run)) as signals, notified_end(config, console):
         try:
             while not _train_once(config, console, signals, start, ranks, export=export):
                 gc.collect()  # the exception's traceback refers to the old model
@@ -54,15 +50,12 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True, sta
             raise Stopped(f"{config.run}: stopped, {signals.describe()}") from None
 
 
-@contextmanager
-def own_folder(config: Config, console: Console, ranks: Ranks) -> Iterator[tuple[Config, Console]]:
-    """Give ranks other than 0 a scratch folder in place of the run's, and a console that nobody sees."""
+def _visible(config: Config, console: Console, ranks: Ranks) -> tuple[Config, Console]:
+    """Return what a rank prints and sends to: ranks other than 0 tell nobody anything."""
     if ranks.main:
-        yield config, console
-        return
-    with TemporaryDirectory(prefix="fastsd-rank-") as folder:
-        silent = config.log.model_copy(update={"tensorboard": False, "wandb": "", "notify": ""})
-        yield config.model_copy(update={"run": folder, "log": silent}), Console(quiet=True, force_terminal=False)
+        return config, console
+    silent = config.log.model_copy(update={"tensorboard": False, "wandb": "", "notify": ""})
+    return config.model_copy(update={"log": silent}), Console(quiet=True, force_terminal=False)
 
 
 def _train_once(config: Config, console: Console, signals: StopSignals, start: str, ranks: Ranks, *, export: bool) -> bool:
@@ -124,7 +117,7 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
             due = Due(*actions)
             position.mark(done=done, validation=due.validation or done, samples=due.samples or done)
             with log.paused():
-                profiler.after_step(position.progress.step, requested=due.profile)
+                profiler.after_step(position.progress.step, requested=due.profile and ranks.main)
 
             if due.log or done:
                 log.row(result, batch, batches)

@@ -41,9 +41,12 @@ class Position:
         return self.progress.stage == len(self.steps) - 1 and self._has_state
 
     def at_end(self, index: int) -> bool:
-        """Return True if the current stage, number `index`, has done all its steps or used up its time."""
+        """Return True if the current stage, number `index`, has done all its steps or used up its time.
+
+        That is the time up to its latest step, so it is the same on all ranks and after a restart.
+        """
         limit = self.stages[index].seconds
-        return self.progress.stage_step >= self.steps[index] or (limit is not None and self.elapsed() >= limit)
+        return self.progress.stage_step >= self.steps[index] or (limit is not None and self.progress.seconds >= limit)
 
     def begin(self, index: int) -> bool:
         """Enter a stage. Return True if the run was already in the middle of it."""

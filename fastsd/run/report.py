@@ -180,6 +180,26 @@ class TrainReport:
         self._send(lambda sink: sink.close())
 
 
+class SilentReport(TrainReport):
+    """The report of ranks other than 0, which write nothing. Its console is one that nobody sees."""
+
+    def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console, logs: object) -> None:
+        self.run, self.console, self.saved_at, self.live = run, console, saved_at, None
+
+    def row(self, values: LogRow, timing: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def rows(self, stage: str) -> list[LogRow]:
+        """Return no rows: they are read for warnings only."""
+        return []
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class RowsDigest(TypedDict):
     """Describes the first rows of a file."""
 

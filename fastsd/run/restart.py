@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import reduce
@@ -25,7 +27,8 @@ from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.folder import read_table
 from fastsd.run.position import Position
-from fastsd.storage import replace_file
+from fastsd.storage import TEMPORARY, replace_file
+from fastsd.train.ranks import Ranks
 
 # Changing one of these settings would turn the rest of the run into a different run.
 SPLITS = ("data", "validate.held_out", "validate.seed", "validate.by")  # the settings that validation images depend on
@@ -45,6 +48,28 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         raise UserError(
             "run-not-lockable", f"run is {str(folder)!r}, which cannot be locked ({error.strerror}); {advice}"
         ) from None
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise UserError if a run's folder is not the same for all ranks. Rank 0 has made and locked it."""
+    if ranks.world == 1:
+        return
+    mark = folder / ranks.text(f"{TEMPORARY}start-{time.time_ns()}")  # a new name: network disks remember missing ones
+    if ranks.main:
+        for earlier in folder.glob(f"{TEMPORARY}start-*"):
+            earlier.unlink(missing_ok=True)
+        mark.touch()
+    ranks.wait()
+    hosts = ranks.gathered(b"" if mark.exists() else platform.node().encode())
+    if ranks.main:
+        mark.unlink(missing_ok=True)
+    for rank, host in enumerate(hosts):
+        if host:
+            raise UserError(
+                "ranks-not-shared",
+                f"run is {str(folder)!r}, which rank {rank} on {host.decode()} does not have in common with rank 0; choose a "
+                "folder on a file system that all machines share",
+            )
 
 
 def compare_with_start(

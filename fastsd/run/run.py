@@ -25,8 +25,16 @@ from fastsd.run.evaluation import Evaluation
 from fastsd.run.folder_changes import noticed_changes
 from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
-from fastsd.run.report import TrainReport
-from fastsd.run.restart import changes_of, compare_images, compare_with_end, compare_with_start, lock, read_config
+from fastsd.run.report import SilentReport, TrainReport
+from fastsd.run.restart import (
+    changes_of,
+    check_shared,
+    compare_images,
+    compare_with_end,
+    compare_with_start,
+    lock,
+    read_config,
+)
 from fastsd.run.rewind import checkpoint_named, finish_setting_aside, go_back
 from fastsd.run.saving import Saving
 from fastsd.run.smoothed_loss import SmoothedLoss
@@ -106,21 +114,13 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
     for index, stage in enumerate(config.stage):
         check_stage(stage, config.stage_name(index), ranks)
     folder = Path(config.run)
-    make_folder(folder)
     with ExitStack() as stack:
-        stack.enter_context(lock(folder))
-        if earlier := finish_setting_aside(folder):
-            console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
+        stack.enter_context(_locked(folder, console, ranks))
         device = choose_device(local_device(config.device, ranks), console)
         ops = choose_ops(config.kernels, device)
         back = checkpoint_named(folder, start, config, console) if start and ranks.main else None
-        opened = (
-            checkpoint.open_checkpoint(back, config.model) if back else checkpoint.newest(folder / "checkpoints", config.model)
-        )
-        if chosen := ranks.text(str(opened[0].resolve()) if opened else ""):
-            opened = opened or (Path(chosen), checkpoint.read_progress(Path(chosen)), [])
-        newest, saved_progress, warnings = opened or (None, None, [])
-        if ranks.main:  # the others have no folder that knows an earlier start
+        newest, saved_progress, warnings = _choose_checkpoint(folder, config, back, ranks)
+        if ranks.main:
             warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
         progress = saved_progress or RunProgress()
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
@@ -131,7 +131,9 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
         with work("opening the cache"):
             data = stack.enter_context(closing(TrainingData(config, model, saved, ranks)))
-        warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
+        if ranks.main:
+            warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None)
+        warnings += data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
         stages = zip(config.stage, names, steps, strict=True)
@@ -151,18 +153,21 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
 
         if back:
             go_back(folder, back, progress.step, console)
-        replace_file(folder / "config.json", dump_config(config))
+        if ranks.main:
+            replace_file(folder / "config.json", dump_config(config))
         saved_at = newest.stat().st_mtime if newest else None
-        report = TrainReport(folder, config.log, progress.step, saved_at, console, progress.logs)
+        report = (TrainReport if ranks.main else SilentReport)(
+            folder, config.log, progress.step, saved_at, console, progress.logs
+        )
         stack.enter_context(closing(report))
         smoothed, health = SmoothedLoss(device), LossHealth(device)
         smoothed.load_state_dict(saved)
         health.load_state_dict(saved)
-        if newest:
+        if newest and ranks.main:
             cost.record(position.progress, console)
         saving = Saving(config, model, position, smoothed, health, report, cost, saved, data.sets, ranks)
         stack.enter_context(saving)
-        if newest and ends_here:
+        if newest and ends_here and ranks.main:
             saving.keep_for_good(newest.name)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost, ranks)
         args = config, folder, device, ops, model, data, position, smoothed, health, saving, evaluation, cost, report, counts
@@ -172,6 +177,35 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         for module in run.resident:
             module.to(device)
         yield run
+
+
+@contextmanager
+def _locked(folder: Path, console: Console, ranks: Ranks) -> Iterator[None]:
+    """Make and lock the folder of a run, which all ranks must see."""
+    with ExitStack() as stack:
+        if ranks.main:
+            make_folder(folder)
+            stack.enter_context(lock(folder))
+            if earlier := finish_setting_aside(folder):
+                console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
+        check_shared(folder, ranks)
+        yield
+
+
+def _choose_checkpoint(
+    folder: Path, config: Config, back: Path | None, ranks: Ranks
+) -> tuple[Path | None, RunProgress | None, list[str]]:
+    """Return the checkpoint that all ranks go on from, its progress, and warnings. Rank 0 chooses and restores it."""
+    opened = None
+    if back:
+        opened = checkpoint.open_checkpoint(back, config.model)
+    elif ranks.main:
+        opened = checkpoint.newest(folder / "checkpoints", config.model)
+    name = ranks.text(opened[0].name if opened else "")
+    if not name:
+        return None, None, []
+    path = folder / "checkpoints" / name
+    return opened or (path, checkpoint.read_progress(path), [])
 
 
 def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:

@@ -119,7 +119,7 @@ class Saving:
         if not self.ranks.main:
             self._saved_step, self.changed = self.position.progress.step, set()
             if self._passes_on(self.position.progress):
-                self.state = checkpoint.load_state(Path(self.ranks.text()))
+                self.state = checkpoint.load_state(self.folder / "checkpoints" / self.ranks.text())
             return
         if complete:
             self.position.progress = replace(self.position.progress, costs=self.cost.of_complete_stage(self.position.progress))
@@ -209,7 +209,8 @@ class Saving:
         self.report.saved()
         if progress.stage_done:
             if self._passes_on(progress):
-                self.state = checkpoint.load_state(Path(self.ranks.text(str(path.resolve()))))
+                self.state = checkpoint.load_state(path)
+                self.ranks.text(path.name)
             self.cost.record(progress, self.report.console)
         self.retain(keep_checkpoints)
 

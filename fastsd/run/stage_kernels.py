@@ -56,7 +56,7 @@ def compile_stages(run: Run, index: int, micro_batch_size: int) -> None:
         key = hashlib.sha256(f"{recorder} {_sources()} {torch.__version__}".encode()).hexdigest()
         if key not in kernels:
             kernels[key] = remembered.get(key) or _record(run, i, recorder)
-    if kernels.keys() - remembered.keys():
+    if kernels.keys() - remembered.keys() and run.ranks.main:
         with suppress(OSError):  # then the next start records the launches again
             replace_file(run.folder / FILE, json.dumps(kernels, indent=0))
     compile_kernels([kernel for stage_kernels in kernels.values() for kernel in stage_kernels], run.console)

@@ -36,10 +36,11 @@ class Triggers:
         self._intervals = {name: Interval(*amount, stage.batch, epoch, seconds) for name, amount in amounts.items()}
 
     def after_step(self) -> Due:
-        """Return the actions that are due after the latest step. Files by which the user requested them are deleted."""
+        """Return the actions that are due after the latest step. Rank 0 deletes the files by which the user requested them."""
         step, seconds = self.run.position.progress.stage_step, self.run.position.elapsed()
         due = {name: interval.due(step, seconds) for name, interval in self._intervals.items()}
-        requested = {action for action in ("sample", "checkpoint", "profile") if self._requested(action)}
+        actions = ("sample", "checkpoint", "profile") if self.run.ranks.main else ()
+        requested = {action for action in actions if self._requested(action)}
         due["samples"] |= "sample" in requested
         due["permanent"] |= step in self.points or "checkpoint" in requested
         due["checkpoint"] |= due["permanent"]

@@ -13,6 +13,8 @@ the other images measured. Sums are exact (`math.fsum`), so they do not depend o
 movement, so their difference is known better than either loss. To compute it, rows store every m_i ("each") and a hash of the
 images, timesteps and noise ("items").
 
+Several ranks share the forwards: each makes every world-th, as one process would. So the values are the same, bit for bit.
+
 Shapes: n images, B images per forward, S strata.
 """
 
@@ -38,6 +40,7 @@ from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.terminal.console import counted
 from fastsd.train.objective import alphas_cumprod
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels.noise import Purpose, philox
 
@@ -135,35 +138,55 @@ class Validation:
         batches = [samples for batches in self._batches.values() for samples in batches]
         return {(len(samples), *self._shape(samples[0])) for samples in batches}
 
+    def rows(self) -> list[ValidationRow]:
+        """Measure the current weights. Raises UserError if the cache is damaged."""
+        return self.summary(self.errors())
+
     @torch.no_grad()
-    def rows(self, components: Iterable[TrainableComponent] = (), batch: int | None = None) -> list[ValidationRow]:
+    def errors(self, components: Iterable[TrainableComponent] = (), batch: int | None = None, ranks: Ranks = ALONE) -> Tensor:
         """Measure the current weights. If some of `components` have an EMA, measure again with the EMA weights in their place.
 
         Args:
             batch: images per forward, at most `validate.batch`; None = `validate.batch`.
+            ranks: the ranks that share the forwards.
+
+        Returns:
+            The mean squared errors, fp64 (kinds of weights, images of all sets, S). Those that other ranks measure are 0, so
+            the sum over all ranks is exact.
 
         Raises:
             UserError: the cache is damaged.
         """
         size = batch or self.table.batch
-        rows = self._measure("raw", size)
+        errors = [self._measure(size, ranks)]
         averaged = [component for component in components if component.ema is not None]
         if averaged:
             with ExitStack() as stack:
                 for component in averaged:
                     stack.enter_context(component.averaged())
-                rows += self._measure("ema", size)
-        return rows
+                errors.append(self._measure(size, ranks))
+        return torch.stack(errors)
 
-    def _measure(self, weights: str, size: int) -> list[ValidationRow]:
-        rows = []
+    def _measure(self, size: int, ranks: Ranks) -> Tensor:
+        errors = []
         for name, batches in self._batches.items():
             forwards = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
-            text = f"validating {name.replace('_', '-')}"
-            errors_nS = [errors_S for samples in counted(text, forwards, "batches") for errors_S in self._errors(samples)]
-            per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
-            metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
-            rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})
+            errors_nS = torch.zeros(sum(map(len, batches)), self._strata.count, dtype=torch.float64)
+            parts = errors_nS.split([len(samples) for samples in forwards])
+            for i in counted(f"validating {name.replace('_', '-')}", range(ranks.rank, len(forwards), ranks.world), "batches"):
+                parts[i].copy_(self._errors(forwards[i]))
+            errors.append(errors_nS)
+        return torch.cat(errors)
+
+    def summary(self, errors_WnS: Tensor) -> list[ValidationRow]:
+        """Return the rows of all sets for the results of `errors`, W kinds of weights."""
+        rows = []
+        for weights, errors_nS in zip(("raw", "ema"), errors_WnS, strict=False):
+            sizes = [sum(map(len, batches)) for batches in self._batches.values()]
+            for (name, batches), errors in zip(self._batches.items(), errors_nS.split(sizes), strict=True):
+                per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors.tolist()]
+                metrics = aggregate(errors.tolist(), self._strata.bounds, self.table.per_band)
+                rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})
         return rows
 
     def _hash(self, batches: Sequence[np.ndarray]) -> str:
@@ -171,13 +194,13 @@ class Validation:
         arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._strata.draw(self._identities(batch))]
         return xxhash.xxh3_64_hexdigest(b"".join(arrays))
 
-    def _errors(self, samples: np.ndarray) -> list[list[float]]:
-        """Return the mean squared errors of a batch at each stratum's timestep, (B, S)."""
+    def _errors(self, samples: np.ndarray) -> Tensor:
+        """Return the mean squared errors of a batch at each stratum's timestep, fp64 (B, S)."""
         model, device = self.model, self.model.unet.conv_in.weight.device
         raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
         text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
-        return self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples)).tolist()
+        return self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples))
 
     def _identities(self, samples: np.ndarray) -> Tensor:
         return torch.tensor([self.sets.identity[sample] for sample in samples.tolist()])

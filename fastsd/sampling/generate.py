@@ -24,6 +24,7 @@ from fastsd.sampling.samplers import begin_at, make_sampler, step_lengths
 from fastsd.terminal.console import counted, work
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.trainable import compute_weight
 from fastsd_kernels import noise
 
@@ -70,15 +71,27 @@ def generate(
     return draw(model, [ImageSettings(prompt=prompt, seed=seed, **settings) for prompt, seed in pairs], table, batch)  # type: ignore[arg-type]
 
 
-@torch.no_grad()
 def draw(model: Model, images: Sequence[ImageSettings], table: SampleTable, batch: int = BATCH) -> list[Image.Image]:
     """Generate images as `generate` does, each with settings of its own. `table` has those that they share."""
+    drawn = draw_share(model, images, table, batch)
+    return [drawn[i] for i in range(len(images))]
+
+
+@torch.no_grad()
+def draw_share(
+    model: Model, images: Sequence[ImageSettings], table: SampleTable, batch: int = BATCH, ranks: Ranks = ALONE
+) -> dict[int, Image.Image]:
+    """Generate this rank's share of some images, and return them by their numbers.
+
+    Ranks share UNet calls, not the images of one: a smaller call would round otherwise.
+    """
     check_images(model, images)
     drawn: dict[int, Image.Image] = {}
     downscale, device = model.vae.downscale, model.unet.conv_in.weight.device
+    share = batches_of(images, batch)[ranks.rank :: ranks.world]
     switches = precision_switches(model.precision, model.unet) if model.precision else nullcontext()
-    with switches, work("drawing", len(images), "images") as drawing:
-        for numbers in batches_of(images, batch):
+    with switches, work("drawing", sum(map(len, share)), "images") as drawing:
+        for numbers in share:
             chosen = [images[i] for i in numbers]
             first, seeds = chosen[0], [image.seed for image in chosen]
             shape = model.unet.cfg.in_channels, first.height // downscale, first.width // downscale
@@ -89,7 +102,7 @@ def draw(model: Model, images: Sequence[ImageSettings], table: SampleTable, batc
             latents = denoise(model, prompts, eps_BCHW, seeds, settings, negatives=negatives)
             drawn |= {i: to_image(image) for i, image in zip(numbers, model.vae.decode(latents), strict=True)}
             drawing.add(len(numbers))
-    return [drawn[i] for i in range(len(images))]
+    return drawn
 
 
 def check_images(model: Model, images: Sequence[ImageSettings]) -> None:

@@ -122,6 +122,14 @@ class GradientSums:
             rest.copy_(added)
         return sums[-1].view(())
 
+    def abandon(self) -> None:
+        """Take part in the sums of a step that this rank cannot complete, so that no other rank waits. All discard them."""
+        expected, self._expected = self._expected, None
+        if self._works is None:
+            self.begin()
+        self.finish(self._chunks[0].new_zeros(()))
+        self._expected = expected
+
     def _added(self, received: Tensor) -> Tensor:
         """Add the tensors received from all ranks to the first of them, in the order of the ranks, and return it."""
         tensors: tuple[Tensor, ...] = received.view(self.ranks.world, -1).unbind()

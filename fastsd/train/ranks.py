@@ -7,16 +7,19 @@ depend on sample positions only, so every N that divides the batch has the same 
 optimizer state and the EMA are the same on all ranks.  They start from the same files and receive the same sums of gradients
 (`gradient_sums.py`), so nothing else is sent:
 
-    per step        the gradients, the loss, and two small messages between the hosts: what is due, and whether to stop
-    rank 0          owns the run's folder: it logs, saves, validates, draws samples and exports
-    other ranks     run the same code with a scratch folder in place of the run's, and print nothing
+    per step        the gradients, the loss, and three small messages between the hosts: whether memory has run out, what is
+                    due, and whether to stop
+    rank 0          writes the run's folder: it logs, saves and exports
+    other ranks     run the same code, but write and print nothing
+    evaluation      each rank makes its share of the UNet calls of validation and samples, and rank 0 puts them together
     checkpoints     are those of one process, so a run can go on with another number of ranks
 
 Decisions that a clock, a file or a signal brings about are made at the end of a step: rank 0's count (`decided`), or anyone's
 (`any_rank`).  All others follow from numbers that are equal on all ranks.
 
 When a rank ends with an error, it prints one sentence.  The others notice that its connections are closed, end without one, and
-torchrun ends what is left.  A rank that hangs ends the run after `TIMEOUT`.
+torchrun ends what is left (`rank_ends.py`).  A rank that hangs ends the run after `TIMEOUT`.  If memory runs out on a rank, it
+still takes part in the sums of its step, which all ranks then repeat with a smaller micro-batch.
 
 Without torchrun, or with one rank, nothing here imports torch.distributed.
 """
@@ -24,9 +27,9 @@ Without torchrun, or with one rank, nothing here imports torch.distributed.
 from __future__ import annotations
 
 import os
-import time
+import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -36,18 +39,22 @@ from torch import Tensor
 
 from fastsd.config.stages import StageTable
 from fastsd.errors import Stopped, UserError
+from fastsd.train.rank_ends import RankEnds
 
 if TYPE_CHECKING:
-    from torch.distributed import Store, Work
+    from torch.distributed import Work
 
-# The other ranks wait while rank 0 validates, draws samples and exports.
-TIMEOUT = timedelta(hours=6)
-_GRACE = 5.0  # seconds in which a rank that ends with an error can tell the others that it has printed a sentence
+# Longer than the others ever wait for rank 0, which verifies a checkpoint, or writes the first one.
+TIMEOUT = timedelta(minutes=30)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RankLost(RuntimeError):
-    """Raised by a collective operation if another rank has ended."""
+    """Raised by a collective operation if another rank has ended, or does not answer."""
+
+
+class RanksOutOfMemory(MemoryError):
+    """Raised by all ranks together if memory has run out on one of them."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,21 @@ class Ranks:
         self.any_rank(event=False)
 
     def text(self, text: str = "") -> str:
-        """Return the text of rank 0, below 64 KiB."""
+        """Return the text of rank 0."""
+        return self.gathered(text.encode() if self.main else b"")[0].decode()
+
+    def gathered(self, data: bytes) -> list[bytes]:
+        """Return the data of all ranks, in their order."""
         if self.world == 1:
-            return text
-        data = torch.zeros(1 << 16, dtype=torch.uint8)
-        if self.main:
-            encoded = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
-            data[: len(encoded)] = encoded
-        return bytes(self._combined(data, "MAX").tolist()).rstrip(b"\0").decode()
+            return [data]
+        lengths = torch.zeros(self.world, dtype=torch.int64)
+        self.finish([self.gather(lengths, torch.tensor([len(data)]))])
+        size = max(int(lengths.max()), 1)
+        piece = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
+        received = torch.empty(self.world * size, dtype=torch.uint8)
+        self.finish([self.gather(received, piece)])
+        pieces = received.view(self.world, size)
+        return [pieces[rank, :length].numpy().tobytes() for rank, length in enumerate(lengths.tolist())]
 
     def sum_(self, tensor: Tensor) -> Work:
         """Start to replace a tensor by its sum over all ranks."""
@@ -212,7 +226,8 @@ def local_device(name: str, ranks: Ranks) -> str:
     if gpus and ranks.local_world > gpus:
         raise UserError(
             "ranks-too-many",
-            f"{ranks.local_world} ranks run on this machine, which has {gpus} GPUs; start {gpus} with --nproc-per-node {gpus}",
+            f"{ranks.local_world} ranks run on {platform.node()}, which has {gpus} GPU{'s' * (gpus > 1)}; start {gpus} with "
+            f"--nproc-per-node {gpus}",
         )
     return f"cuda:{ranks.local_rank}"
 
@@ -252,44 +267,22 @@ def joined_ranks() -> Iterator[Ranks]:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
-    store = _get_default_store()
+    ends = RankEnds(_get_default_store(), ranks.rank, ranks.world)
     try:
         yield ranks
     except Stopped:
+        if not ends.stops():
+            raise ends.after_loss("", TIMEOUT.total_seconds() / 60) from None
         if not ranks.main:
             raise SystemExit(130) from None
         raise
     except RankLost as error:
-        if _was_told(store):
-            raise SystemExit(2) from None
-        problem = UserError(
-            "rank-lost",
-            f"a rank has ended without a message ({str(error).splitlines()[0]}); run the same command again to resume from the "
-            "last checkpoint",
-        )
-        if not _tells_first(store, problem):
-            raise SystemExit(2) from None
-        raise problem from None
+        raise ends.after_loss(str(error), TIMEOUT.total_seconds() / 60) from None
     except UserError as error:
-        if not _tells_first(store, error):
+        if not ends.tells(error.code):
             raise SystemExit(2) from None
         raise
     except BaseException:  # it prints a traceback
-        store.add("told", 1)
+        ends.tells()
         raise
     dist.destroy_process_group()
-
-
-def _tells_first(store: Store, error: UserError) -> bool:
-    """Return True if no rank has had the same error before this one."""
-    store.add("told", 1)
-    return store.add(f"error {error.code}", 1) == 1
-
-
-def _was_told(store: Store) -> bool:
-    """Return True if a rank has told the user why it ends."""
-    end = time.monotonic() + _GRACE
-    with suppress(KeyboardInterrupt):  # torchrun ends this rank, because it has noticed the other's end
-        while time.monotonic() < end and not store.add("told", 0):
-            time.sleep(0.1)
-    return bool(store.add("told", 0))

@@ -29,7 +29,7 @@ from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.graph import Graphs
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
-from fastsd.train.ranks import ALONE, Ranks
+from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
 from fastsd.train.schedule import ema_decay, learning_rate
 from fastsd.train.sharded_updates import ShardedUpdates
 from fastsd.train.trainable import FusedUpdates, TrainableComponent
@@ -93,7 +93,8 @@ class Step:
         canary_errors: number of steps whose gradients were computed twice and differed, 0-dim int64 on the device.
         images: images of a batch that this rank trains on.
         sharded: True if each rank keeps the optimizer state and EMA of its share of the weights only.
-        micro_batch_size: images per forward, a divisor of `images`. When memory runs out, it becomes the next smaller one.
+        micro_batch_size: images per forward, a divisor of `images`. When memory runs out on a rank, it becomes the next smaller
+            one on all.
     """
 
     def __init__(
@@ -167,8 +168,9 @@ class Step:
                 problem = out_of_memory(error)
                 if problem is None:
                     raise
+                shared = isinstance(error, RanksOutOfMemory)
             # Here the error is gone, and with it the activations that its traceback refers to.
-            self._reduce_micro_batch(problem)
+            self._reduce_micro_batch(problem, shared=shared)
 
     def _has_canary(self, step: int) -> bool:
         return self.stage.canary_every > 0 and (step + 1) % self.stage.canary_every == 0
@@ -228,7 +230,29 @@ class Step:
         return loss, norm, self.skipped.clone()
 
     def _accumulate(self, inputs: StepInputs) -> Tensor:
-        """Accumulate the gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
+        """Accumulate the gradients of the batch's mean loss, of all ranks, and return that loss.
+
+        Raises:
+            RanksOutOfMemory: memory has run out on a rank. All ranks raise it, and no weight has changed.
+        """
+        if self._sums is None:
+            return self._accumulate_share(inputs)
+        problem: str | None = None
+        try:
+            loss = self._accumulate_share(inputs)
+        except Exception as error:
+            problem = out_of_memory(error)
+            if problem is None:
+                raise
+        if problem is not None:  # and the activations are gone, to which the error's traceback refers
+            self._sums.abandon()
+        if self.ranks.any_rank(problem):
+            problems = enumerate(self.ranks.gathered((problem or "").encode()))
+            raise RanksOutOfMemory(next(f"rank {rank}: {text.decode()}" for rank, text in problems if text))
+        return loss
+
+    def _accumulate_share(self, inputs: StepInputs) -> Tensor:
+        """Accumulate the gradients of this rank's images, one micro-batch at a time, and sum them over the ranks."""
         images_here = len(inputs.positions_B)
         count = images_here * self.ranks.world
         total = torch.zeros((), device=self.device)
@@ -280,15 +304,19 @@ class Step:
         assert arena is not None
         return self.components[name].pieces(arena.flat)
 
-    def _reduce_micro_batch(self, reason: str) -> None:
-        """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
+    def _reduce_micro_batch(self, reason: str, *, shared: bool = False) -> None:
+        """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed.
+
+        Args:
+            shared: True if all ranks do so.
+        """
         self._discard_step()
         smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.images % n == 0]
         if self._weights_touched or (self._graphs and self._graphs.replayed):
             raise _memory_error("while weights were updated", reason)
         if self._fused:
             raise _memory_error("with fused_backward, which cannot split the batch", reason)
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not shared:
             raise _memory_error(f"on rank {self.ranks.rank}, with {self.micro_batch_size} images per forward", reason)
         if not smaller_sizes:
             raise _memory_error("even with one image per forward", reason)

@@ -21,7 +21,9 @@ from fastsd.model.formats.load import load_model
 from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
 from fastsd.run import checkpoint
+from fastsd.run.checkpoint import RunProgress
 from fastsd.run.dlion_monitor import DLionMonitor
+from fastsd.run.position import Position
 from fastsd.terminal.console import Console
 from fastsd.train.optim import DLion
 from fastsd.train.schedule import Interval, ema_decay, learning_rate
@@ -291,6 +293,16 @@ def test_each_stage_starts_from_the_previous_weights(tmp_path, tiny_model, image
     assert same(unets[0], unets[1]) and not same(unets[1], unets[2])
     texts = [load_file(path / "text_encoder/model.safetensors") for path in (tiny_model, *ends)]
     assert same(texts[0], texts[1]) and not same(texts[1], texts[2]) and same(texts[2], texts[3])
+
+
+def test_the_end_by_time_is_that_of_the_latest_step(monkeypatch):
+    """All ranks read it from the checkpoint, and none looks at its own clock."""
+    stage = StageTable(train=["unet"], until="10s", batch=1)
+    for seconds, ended in ((9.9, False), (10.1, True)):
+        progress = RunProgress(stage_step=3, step=3, stage_done=True, seconds=seconds)
+        position = Position(progress, [stage], [100], extendable=True)
+        monkeypatch.setattr("fastsd.run.position.time", SimpleNamespace(monotonic=lambda: 1e9))
+        assert position.at_end(0) == position.finished(0) == ended
 
 
 def test_a_stage_can_end_by_time(tmp_path, tiny_model, images, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from fastsd.config.schema import StageTable
 from fastsd.run.triggers import Triggers
+from fastsd.train.ranks import ALONE
 
 ACTIONS = ("log", "validation", "samples", "checkpoint", "permanent", "profile")
 NEVER = {"sample_every": 0, "checkpoint_every": "9e"}
@@ -20,7 +21,7 @@ class Run:
         self.config = SimpleNamespace(
             stage=[None, table], log=SimpleNamespace(every=log), validate_=SimpleNamespace(every=validate)
         )
-        self.seconds = 0.0
+        self.seconds, self.ranks = 0.0, ALONE
         self.position = SimpleNamespace(progress=SimpleNamespace(stage_step=0), elapsed=lambda: self.seconds)
 
     def due(self, steps, start=0):

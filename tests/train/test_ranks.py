@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import struct
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     assert local_device("cuda:1", ALONE) == "cuda:1"
     with refused("ranks-device", device="'cuda:1'", ranks=12):
         local_device("cuda:1", third)
-    with refused("ranks-too-many", ranks=4, gpus=3, gpus_3=3):
+    with refused("ranks-too-many", ranks=4, host=platform.node(), gpus="3 GPUs", gpus_3=3):
         local_device("auto", Ranks(0, 4, 0, 4))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     assert local_device("cpu", third) == "cpu" and local_device("cuda", ALONE) == "cuda"
@@ -61,22 +62,6 @@ def test_a_stage_that_ranks_cannot_share_is_refused():
         check_stage(stage_of(batch=2), "one", Ranks(0, 4, 0, 4))
     with refused("ranks-fused", ranks=2):
         check_stage(stage_of(fused_backward=True), "one", Ranks(0, 2, 0, 2))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"), UNetConfig(**ONE_LEVEL))
-
-
-def test_out_of_memory_ends_a_rank(model, monkeypatch):
-    def forward(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    step = Step(model, stage_of(optimizer="lion", lr=1e-3), 2, seed=0, ranks=Ranks(1, 2, 1, 2))
-    monkeypatch.setattr(model.unet, "forward", forward)
-    with refused("out-of-memory", cause="on rank 1, with 2 images per forward"):
-        step(batches(1, 2)[0], 0)
-    step.release()
 
 
 def sent_bytes() -> int:
@@ -99,6 +84,61 @@ def train_steps(model: str, output: str, batch: str, *cases: str) -> None:
     with joined_ranks() as ranks:
         stored = [train_case(f"{model}-{ranks.rank}", int(batch), ranks, **json.loads(case)) for case in cases]
         torch.save(stored, f"{output}-{ranks.rank}")
+
+
+def fail_once(weight: torch.Tensor) -> None:
+    """Run out of memory when the backward reaches a weight."""
+
+    def fail(_: torch.Tensor) -> None:
+        handle.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = weight.register_post_accumulate_grad_hook(fail)
+
+
+def run_out_of_memory(model: str, output: str, size: str) -> None:
+    """Train three steps with four images a rank, and store the weights and the state.
+
+    Args:
+        size: images per forward at the start. If it is 4, rank 1 runs out of memory in the first two steps: at the start of the
+            backward, when nothing has been sent, and at its end, when most chunks have been.
+    """
+    shards.CHUNK = 40_000
+    with joined_ranks() as ranks:
+        loaded = make_tiny_model(Path(f"{model}-{ranks.rank}"), UNetConfig(**ONE_LEVEL))
+        stage = stage_of(batch=8, micro_batch=4, optimizer="dlion", d0=1e-4)
+        step = Step(loaded, stage, 4, seed=0, micro_batch_size=int(size), ranks=ranks, warn=print)
+        weights = list(loaded.unet.parameters())
+        images = slice(4 * ranks.rank, 4 * (ranks.rank + 1))
+        for number, whole in enumerate(batches(4, 8)):
+            parts = whole.latents_BCHW, whole.token_ids_BL, whole.positions_B, whole.captions
+            batch = Batch(*(part[images] for part in parts))
+            if ranks.rank == 1 and (number == 3 or (size == "4" and number < 2)):
+                fail_once(weights[0 if number else -1])
+            if number == 3:
+                with refused("out-of-memory", cause="even with one image per forward", reason="rank 1: CUDA out of memory"):
+                    step(batch, number)
+                break
+            if size != "4" and number == 1:
+                step.micro_batch_size = 1
+            step(batch, number)
+            assert step.micro_batch_size == (1 if number else 2)
+        torch.save(
+            [tensor for role in ("weights", "state") for tensor in step.tensors_by_role()[role]], f"{output}-{ranks.rank}"
+        )
+
+
+def test_all_ranks_take_a_smaller_micro_batch_when_one_runs_out_of_memory(tmp_path):
+    """The bits are those of ranks that had it from the start of the step. Without a smaller one, all end."""
+    results = []
+    for size in ("2", "4"):
+        with store_of_ranks(2) as shared:
+            arguments = [str(tmp_path / "model"), str(tmp_path / size), size]
+            files = [str(tmp_path / "out"), str(tmp_path / "err")]
+            codes = ended(start_ranks(shared, "call", __file__, "run_out_of_memory", arguments, files))
+        assert codes == [0, 0], (tmp_path / "err").read_text()
+        results += [torch.load(f"{tmp_path / size}-{rank}") for rank in range(2)]
+    assert all(same(tensors, results[0]) for tensors in results)
 
 
 def train_case(folder: str, batch: int, ranks: Ranks, chunk: int, **keys) -> dict[str, Any]:
