@@ -183,13 +183,19 @@ def plan(
     precision: args.StagePrecision = None,
     vram: args.Vram = None,
     card: args.Card = "",
+    *,
+    gpus: args.Gpus = None,
+    interconnect: args.Interconnect = "",
+    machines: args.Machines = None,
+    network: args.Network = "",
     json_file: args.JsonFile = None,
 ) -> None:
     """Estimate memory, time and disk space from CONFIG alone. Shows which GPU it fits, and with which micro-batch."""
     loaded = _load(config, overrides, precision)
+    from fastsd.plan.links import cluster_of
     from fastsd.plan.plan import plan
 
-    plan(loaded, vram, card, json_file)
+    plan(loaded, vram, card, json_file, cluster=cluster_of(gpus, machines, interconnect, network))
 
 
 @app.command(epilog=EXAMPLES["bench"])

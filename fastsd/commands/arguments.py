@@ -254,6 +254,17 @@ ValidatePrecision = Annotated[
 ]
 Vram = Annotated[float | None, Option("--vram", metavar="GiB", help="GPU memory in GiB (default: that of --card, or 24).")]
 Card = Annotated[str, Option("--card", metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")]
+Gpus = Annotated[int | None, Option("--gpus", metavar="N", help="Number of GPUs that train together (default: 1).")]
+Interconnect = Annotated[
+    str,
+    Option("--interconnect", metavar="LINK", help="pcie4, nvlink, 100gbe, ..., or GB/s that a GPU sends (default: pcie4)."),
+]
+Machines = Annotated[
+    int | None, Option("--machines", metavar="M", help="Machines that hold the GPUs (default: one for each 8).")
+]
+Network = Annotated[
+    str, Option("--network", metavar="LINK", help="100gbe, ..., or GB/s that a machine sends to others (default: 100gbe).")
+]
 
 # init
 InitConfig = Annotated[

@@ -38,6 +38,7 @@ EXAMPLES = {
     "plan": examples(
         "plan configs/xlsd.toml --card 4090",
         "plan configs/xlsd.toml --vram 12 --precision bf16",
+        "plan configs/xlsd.toml --gpus 8 --interconnect nvlink",
     ),
     "bench": examples(
         "bench",

@@ -87,6 +87,12 @@ class Recorder(TorchDispatchMode):
         self.arenas: set[int] = set()
         self._launches = launches
         self._group = ""  # of our kernels while they are launched
+        self._before: Counter[Operation] = Counter()  # the last call of `since_last`
+
+    def since_last(self) -> Counter[Operation]:
+        """Return the operations since the last call."""
+        latest, self._before = self.operations - self._before, self.operations.copy()
+        return latest
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,20 @@ from fastsd.errors import UserError
 from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
 from fastsd.model.text_encoder import chunk_limit, context_lengths
+from fastsd.plan.communication import Part, StepTimes
 from fastsd.plan.disk import run_bytes
+from fastsd.plan.figures import duration_text, range_text
 from fastsd.plan.gpu_specs import find_gpu
+from fastsd.plan.large_data import describe_data, print_data
+from fastsd.plan.links import Cluster
 from fastsd.plan.operations import Operation
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
+from fastsd.plan.several_gpus import columns, describe_ranks, sent_text
 from fastsd.plan.step_time import step_seconds, workspace_bytes
 from fastsd.storage import replace_file
 from fastsd.terminal.console import STDOUT, Console, counted, work
 from fastsd.terminal.texts import size_text
+from fastsd.train.ranks import ALONE, check_stage
 from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.cards import CARDS, Card
 
@@ -63,36 +68,37 @@ class StagePlan:
         *,
         cached_text: bool,
         card: Card | None,
+        cluster: Cluster | None = None,
     ) -> None:
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
-        self.card = card
+        self.card, self.cluster, self.ranks = card, cluster, cluster.ranks if cluster else ALONE
+        self.images = self.ranks.share(stage.batch)  # of a batch, on one GPU
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._needs: dict[tuple[int, str], MemoryEstimate] = {}
-        self._later: dict[tuple[int, str], Counter[Operation]] = {}  # operations of every micro-batch but the first
+        self._pairs: dict[tuple[int, str], MemoryEstimate] = {}  # steps with two micro-batches
 
     @property
     def micro_batches(self) -> list[int]:
         """Micro-batch sizes that this stage may have, smallest first."""
-        batch = self.stage.batch
-        return [n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or not self.stage.fused_backward)]
+        images = self.images
+        return [n for n in range(1, images + 1) if images % n == 0 and (n == images or not self.stage.fused_backward)]
 
     @property
     def trained(self) -> list[str]:
         """Components of the model that the stage changes."""
-        self.need(self.stage.batch)
+        self.need(self.images)
         return changed_components(self._rehearsals[True].trained)
 
     def need(self, micro_batch_size: int, checkpointing: str | None = None) -> MemoryEstimate:
         """Return the memory and operations of a step with this micro-batch size. It is run once on tensors without data."""
         level = checkpointing or self.stage.checkpointing
         if (micro_batch_size, level) not in self._needs:
-            whole_batch = micro_batch_size == self.stage.batch
+            whole_batch = micro_batch_size == self.images
             if whole_batch not in self._rehearsals:
                 micro_batch = 0 if whole_batch else 1
-                self._rehearsals[whole_batch] = Rehearsal(
-                    self.shapes, self.stage, self.side, self.ops, micro_batch, cached_text=self.cached_text
-                )
+                settings = self.shapes, self.stage, self.side, self.ops, micro_batch
+                self._rehearsals[whole_batch] = Rehearsal(*settings, cached_text=self.cached_text, ranks=self.ranks)
             with work(f"rehearsing micro-batch {micro_batch_size}, checkpointing {level}"):
                 self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         need = self._needs[micro_batch_size, level]
@@ -105,14 +111,21 @@ class StagePlan:
         """Return how often each operation runs in a whole step."""
         level = checkpointing or self.stage.checkpointing
         operations = Counter(self.need(micro_batch_size, level).operations)
-        later = self.stage.batch // micro_batch_size - 1
+        later = self.images // micro_batch_size - 1
         if later:
             # The first micro-batch writes the gradients, the others add to them.
-            if (micro_batch_size, level) not in self._later:
-                self._later[micro_batch_size, level] = self._rehearsals[False].step(micro_batch_size, level, 2).operations
-                self._later[micro_batch_size, level].subtract(operations)
-            operations.update({op: later * count for op, count in self._later[micro_batch_size, level].items()})
+            if (micro_batch_size, level) not in self._pairs:
+                self._pairs[micro_batch_size, level] = self._rehearsals[False].step(micro_batch_size, level, 2)
+            second = self._pairs[micro_batch_size, level].operations.copy()
+            second.subtract(operations)
+            operations.update({op: later * count for op, count in second.items()})
         return operations
+
+    def parts(self, micro_batch_size: int, checkpointing: str | None = None) -> tuple[Part, ...]:
+        """Return the end of a step, divided by what it sends to other ranks. Empty for one rank."""
+        self.operations(micro_batch_size, checkpointing)
+        level = checkpointing or self.stage.checkpointing
+        return self._pairs.get((micro_batch_size, level), self.need(micro_batch_size, level)).parts
 
     def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
         """Find the largest micro-batch size with which the stage fits.
@@ -139,13 +152,23 @@ class StagePlan:
         return largest
 
     def images_per_second(self, card: Card, micro_batch_size: int, checkpointing: str | None = None) -> tuple[float, float]:
-        """Predict the training speed as in `step_time.py`, as (slowest, fastest)."""
-        fewest, most = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
+        """Predict the training speed of all GPUs as in `step_time.py`, as (slowest, fastest)."""
+        if self.cluster:
+            times = self.step_times(card, micro_batch_size, checkpointing)
+            fewest, most = times.fastest.seconds, times.slowest.seconds
+        else:
+            fewest, most = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
         return self.stage.batch / most, self.stage.batch / fewest
+
+    def step_times(self, card: Card, micro_batch_size: int, checkpointing: str | None = None) -> StepTimes:
+        """Predict a step of several GPUs as in `communication.py`."""
+        assert self.cluster is not None
+        compute = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
+        return StepTimes.of(compute, self.parts(micro_batch_size, checkpointing), card, self.stage.precision, self.cluster)
 
     def files(self) -> tuple[dict[str, int], int]:
         """Return the bytes of each component in fp32, and the bytes of the stage's optimizer state and EMA."""
-        self.need(self.stage.batch)
+        self.need(self.images)
         rehearsal = self._rehearsals[True]
         component_bytes = {name: sum(4 * p.numel() for p in module.parameters()) for name, module in rehearsal.modules.items()}
         return component_bytes, rehearsal.owners["optimizer state"] + rehearsal.owners["EMA"]
@@ -160,6 +183,7 @@ def plan_stage(
     *,
     cached_text: bool = False,
     card: Card | None = None,
+    cluster: Cluster | None = None,
 ) -> StagePlan:
     """Plan one stage.
 
@@ -171,11 +195,12 @@ def plan_stage(
         ops: the ops the step will use; None = `TRITON` on a GPU, or `REFERENCE` on a CPU if Triton is missing.
         cached_text: True if text embeddings are cached, so that the text encoder takes no memory.
         card: whose workspace of convolutions is planned for; None = the card that takes most.
+        cluster: the GPUs that share each batch, of which one is planned; None = one GPU.
 
     Raises:
         UserError: the model does not support the resolution.
     """
-    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text, card=card)
+    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text, card=card, cluster=cluster)
 
 
 def plan(
@@ -184,6 +209,8 @@ def plan(
     card: str = "",
     path: Path | None = None,
     console: Console = STDOUT,
+    *,
+    cluster: Cluster | None = None,
 ) -> None:
     """Print memory, estimated speed and disk space of every stage. Implements `fastsd plan`.
 
@@ -191,6 +218,7 @@ def plan(
         vram: memory of the card in GiB; None = that of `card`, or 24.
         card: the name of a card in `fastsd_kernels/cards.py`; "" = predictions for all of them.
         path: file to which all results are also written as JSON; None = no file.
+        cluster: the GPUs that train together, of which one is planned; None = one GPU.
 
     Raises:
         UserError: an argument or the config is invalid. A stage that does not fit is a result, not an error.
@@ -199,6 +227,8 @@ def plan(
     vram = vram if vram is not None else cards[0].memory if card else 24.0
     if not 0 < vram < math.inf:
         raise UserError("vram-invalid", f"--vram is {vram:g}; give the memory of the card in GiB, for example 24")
+    for i, stage in enumerate(config.stage):
+        check_stage(stage, config.stage_name(i), cluster.ranks if cluster else ALONE)
     shapes, warnings = read_shapes(config.model)
     ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
     images = _count_images(config.data)
@@ -217,20 +247,27 @@ def plan(
             f"{lengths[-1]}, and the longest is planned for"
         )
     console.echo(f"images     {images or 'unknown, data.folders cannot be read'}")
+    if cluster:
+        console.echo(f"ranks      {cluster.text}; memory is that of one GPU, speed that of all")
 
     plans: list[StagePlan] = []  # stages that differ only in light keys share a plan
     for i, stage in enumerate(counted("planning", config.stage, "stages")):
         comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
         existing = next((plan for plan in plans if plan.stage == comparable), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states
-        size, limit = (config.data.resolution, room), cards[0] if card else None
-        plans.append(existing or plan_stage(shapes, comparable, *size, ops, cached_text=cached_text, card=limit))
+        settings: dict[str, Any] = {"cached_text": cached_text, "card": cards[0] if card else None, "cluster": cluster}
+        plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, **settings))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _print_stage(entry, vram, console)
 
     report["disk"] = _disk(config, shapes, plans, report["stages"], images)
     _print_disk(report["disk"], console)
+    if cluster:
+        speeds = [entry["images_per_second"] for entry in report["stages"]]
+        size = plans[0].side, report["disk"]["cache_an_image"]
+        report["data"] = describe_data(config, shapes, *size, speeds, cards, cluster.gpus, ops)
+        print_data(report["data"], console)
     if path:
         try:
             replace_file(path, json.dumps(report, indent=2) + "\n")
@@ -250,7 +287,9 @@ def _count_images(data: DataTable) -> int | None:
 def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], images: int | None) -> dict[str, Any]:
     """Describe one stage as JSON, with sizes in bytes and times in seconds."""
     largest = plan.largest_micro_batch()
-    micro_batch_size = stage.micro_batch_size if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
+    micro_batch_size = largest or plan.micro_batches[0]
+    if stage.micro_batch != "auto":
+        micro_batch_size = max((n for n in plan.micro_batches if n <= stage.micro_batch_size), default=stage.micro_batch_size)
     need = plan.need(micro_batch_size)
     unit = parse_amount("until", stage.until)[1]
     steps = stage.steps(images or 1) if images or unit != "epochs" else None
@@ -271,14 +310,18 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], 
     entry |= {"name": name, "micro_batch": micro_batch_size, "steps": steps}
     entry["memory"] = {**need.owners, "activations": need.activations, "working memory": need.working, "reserved": RESERVED}
     entry |= {"sampling": need.sampling, "total": need.total + RESERVED, "fits": need.total <= plan.device_bytes}
+    if plan.cluster and plan.cluster.gpus > 1:
+        times = {card.name: plan.step_times(card, micro_batch_size) for card in cards}
+        entry["ranks"] = describe_ranks(plan.parts(micro_batch_size), times, plan.cluster, plan.images)
     return entry | {"largest_micro_batch": largest, "levels": levels, "images_per_second": speeds, "seconds": seconds}
 
 
 def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
-    size, batch = entry["micro_batch"], entry["batch"]
+    size, batch, ranks = entry["micro_batch"], entry["batch"], entry.get("ranks")
     settings = ["+".join(entry["train"]), entry["optimizer"], entry["precision"], f"checkpointing {entry['checkpointing']}"]
     settings += ["fused backward"] if entry["fused_backward"] else []
-    console.echo(f"\n{entry['name']}: {', '.join(settings)}, batch {batch} = {batch // size} x {size}")
+    forwards = f"{ranks['gpus']} GPUs x {ranks['images'] // size} x {size}" if ranks else f"{batch // size} x {size}"
+    console.echo(f"\n{entry['name']}: {', '.join(settings)}, batch {batch} = {forwards}")
     labels = {
         "activations": f"activations saved for backward, {size} x {entry['memory']['activations'] / size / GIB:.2f}",
         "working memory": "working memory at the peak of a step",
@@ -299,9 +342,13 @@ def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
         steps, seconds = "1,000,000 images", {card: [1e6 / speed for speed in pair[::-1]] for card, pair in speeds.items()}
     else:
         steps = f"{entry['steps']:,} steps"
-    console.echo(f"  {'predicted':<12}{'images/s':>12}   {steps}")
+    width = max(len(steps), 14) if ranks else 0
+    console.echo(f"  {'predicted':<12}{'images/s':>12}   {steps:<{width}}" + columns(ranks))
     for card, pair in speeds.items():
-        console.echo(f"  {card:<12}{_range(pair):>12}   {_durations(*seconds[card])}")
+        duration = duration_text(*seconds[card])
+        console.echo(f"  {card:<12}{range_text(pair):>12}   {duration:<{width}}" + columns(ranks, card))
+    if ranks:
+        console.echo("  " + sent_text(ranks))
     console.echo("  " + _verdict(entry, vram))
 
 
@@ -384,15 +431,3 @@ def _print_disk(disk: dict[str, Any], console: Console) -> None:
         lines[-1] += f", predicted {slowest} to {fastest} a day; compare this with the endurance (TBW) of the SSD"
     for line in lines:
         console.echo(f"           {line}")
-
-
-def _range(pair: Sequence[float]) -> str:
-    """Format a range with two or more significant digits."""
-    return "-".join(f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in pair)
-
-
-def _durations(fewest: float, most: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if most >= size:
-            return f"{fewest / size:.1f}-{most / size:.1f} {unit}"
-    return f"{fewest:.0f}-{most:.0f} s"

@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.shapes import Shapes, empty_model, materialize
+from fastsd.model.vae_encoder import VaeEncoder
+from fastsd.plan.communication import Message, Part, RehearsedRanks, Wait
 from fastsd.plan.operations import Operation, Recorder
 from fastsd.sampling.generate import BATCH
 from fastsd.train.memory import LiveBytes
 from fastsd.train.optim import flat_state
+from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.launch import Launch, recording
@@ -37,6 +40,7 @@ class MemoryEstimate:
         working: memory needed at the peak of the step, beyond `owners` and `activations`.
         sampling: memory needed to draw samples between steps, beyond `owners`.
         operations: how often each operation runs in a step with one micro-batch.
+        parts: of the step, divided by what it sends to other ranks. Empty for one rank.
     """
 
     micro_batch_size: int
@@ -45,6 +49,7 @@ class MemoryEstimate:
     working: int
     sampling: int
     operations: Counter[Operation]
+    parts: tuple[Part, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -66,6 +71,7 @@ class Rehearsal:
     Args:
         micro_batch_size: `micro_batch` as in a config. 0 means the whole batch, which needs no accumulation.
         cached_text: True if batches contain text embeddings.
+        ranks: this rank, and the number of those that share a batch.
 
     Attributes:
         modules: modules of the model by component name.
@@ -74,7 +80,15 @@ class Rehearsal:
     """
 
     def __init__(
-        self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro_batch_size: int, *, cached_text: bool
+        self,
+        shapes: Shapes,
+        stage: StageTable,
+        side: int,
+        ops: Ops,
+        micro_batch_size: int,
+        *,
+        cached_text: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._side, self._cached_text = side, cached_text
         # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
@@ -83,6 +97,8 @@ class Rehearsal:
         self._without_data = WithoutData() if ops is TRITON else FakeTensorMode()
         self._live = LiveBytes(self._device)
         self._bytes_after_forward: list[int] = []  # bytes alive at the end of each UNet forward
+        self._recorder = Recorder([])
+        self._parts: list[Part] = []
 
         self._model = empty_model(shapes, _traceable(ops))
         self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
@@ -91,7 +107,8 @@ class Rehearsal:
                 if not (cached_text and name == "text_encoder"):
                     materialize(module, self._device)
             stage = stage.model_copy(update={"micro_batch": micro_batch_size})
-            self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text)
+            ranks = RehearsedRanks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, self._communicate)
+            self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, ranks=ranks)
             for name, optimizer in self._step.optimizers.items():  # allocates the state, which is lazy
                 component = self._step.components[name]
                 flat_state(optimizer, component.names, component.layout.views)
@@ -102,11 +119,16 @@ class Rehearsal:
         self._unowned_bytes = self._live.now - sum(self.owners.values())
         self._sampling = self._sample()
         self._model.unet.register_forward_hook(lambda *_: self._bytes_after_forward.append(self._live.now))
+        if ranks.world > 1:  # the first backward shows how many gradients make a chunk complete
+            self.step(1, "none")
+
+    def _communicate(self, event: Message | Wait) -> None:
+        self._parts.append(Part(self._recorder.since_last(), event))
 
     def step(self, micro_batch_size: int, checkpointing: str, micro_batches: int = 1) -> MemoryEstimate:
         """Run one step of `micro_batches` forwards and backwards with `micro_batch_size` images each, and one update."""
         self._model.unet.checkpointing, self._step.micro_batch_size = checkpointing, micro_batch_size
-        self._bytes_after_forward = []
+        self._bytes_after_forward, self._parts = [], []
         count = micro_batches * micro_batch_size
         with self._without_data:
             channels, text = self._model.unet.cfg.in_channels, self._model.text
@@ -116,6 +138,7 @@ class Rehearsal:
             positions = torch.empty(count, dtype=torch.int64)
             text_embeds = torch.empty(count, length, text.width, dtype=torch.float16) if self._cached_text else None
         with self._tracing() as launches, Recorder(launches) as recorder:
+            self._recorder = recorder
             recorder.arenas = {arena.untyped_storage()._cdata for arena in self._step.tensors_by_role()["gradients"]}
             self._live.restart()
             bytes_before = self._live.now
@@ -123,7 +146,8 @@ class Rehearsal:
 
         forward_bytes, operations = self._bytes_after_forward[0], recorder.operations
         working = self._live.peak - forward_bytes + self._unowned_bytes
-        return MemoryEstimate(micro_batch_size, self.owners, forward_bytes - bytes_before, working, self._sampling, operations)
+        activations, parts = forward_bytes - bytes_before, tuple(self._parts)
+        return MemoryEstimate(micro_batch_size, self.owners, activations, working, self._sampling, operations, parts)
 
     def _sample(self) -> int:
         """Return the bytes by which drawing a full batch of guided samples raises memory. Samples are decoded one by one."""
@@ -155,6 +179,22 @@ class Rehearsal:
         # 86 selects the tiles of an RTX 3090. The kernels need some choice; the counts hardly depend on it.
         with recording(86) as launches, self._without_data, self._live:
             yield launches
+
+
+def encoding_operations(shapes: Shapes, side: int, images: int, dtype: torch.dtype, ops: Ops) -> Counter[Operation]:
+    """Return the operations with which the VAE encodes images, `side` being that of their latents."""
+    device = torch.device("meta" if ops is TRITON else "cpu")
+    without_data = WithoutData() if ops is TRITON else FakeTensorMode()
+    vae = empty_model(shapes, ops).vae.module.requires_grad_(False)
+    downscale = 2 ** (len(shapes.vae["block_out_channels"]) - 1)
+    with recording(86) as launches, without_data, torch.no_grad():
+        materialize(vae, device)
+        vae.to(dtype, memory_format=torch.channels_last)
+        pixels = torch.empty(images, 3, side * downscale, side * downscale, dtype=dtype, device=device)
+        encoder = VaeEncoder(vae, _traceable(ops))
+        with Recorder(launches) as recorder:
+            encoder(pixels.contiguous(memory_format=torch.channels_last))
+    return recorder.operations
 
 
 _ATEN = torch.ops.aten

@@ -46,10 +46,10 @@ PARAMETERS = sum(size * count for size, count in workload.PARAMETERS.items())
 def reuse_plans(monkeypatch, plans):
     """Plan stages only once if they differ only in the device's memory."""
 
-    def plan_or_reuse(shapes, stage, resolution, device_bytes, ops=None, *, cached_text=False, card=None):
-        key = repr((shapes, stage, resolution, ops and ops.name, cached_text, card))
+    def plan_or_reuse(shapes, stage, resolution, device_bytes, ops=None, **options):
+        key = repr((shapes, stage, resolution, ops and ops.name, options))
         if key not in plans:
-            plans[key] = plan_stage(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text, card=card)
+            plans[key] = plan_stage(shapes, stage, resolution, device_bytes, ops, **options)
         plans[key].device_bytes = device_bytes
         return plans[key]
 
