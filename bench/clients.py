@@ -39,10 +39,10 @@ from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import LoraTable, ModelTable
 from fastsd.model.formats.load import load_model
 from fastsd.model.formats.lora_weights import write_lora
+from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.lora import add_lora
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes
 from fastsd.model.unet import UNetConfig
-from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import TensorFile, replace_file
 from fastsd.terminal.console import Console
 from fastsd_kernels import noise

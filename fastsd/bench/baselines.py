@@ -39,10 +39,10 @@ from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Batch, Loader
 from fastsd.data.rows import can_pin
 from fastsd.errors import UserError, out_of_memory
+from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.text_encoder import pad
 from fastsd.model.unet import UNet, UNetConfig
-from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.train.optim import optimizer_class
 from fastsd.train.step import Step

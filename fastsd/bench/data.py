@@ -28,9 +28,10 @@ from fastsd.data.loader import Loader
 from fastsd.data.rows import row_check
 from fastsd.errors import UserError
 from fastsd.model.formats.load import load_text, load_vae, locate
+from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.text_encoder import assemble, ids_of
-from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
+from fastsd.model.vae import Vae
 from fastsd.terminal.console import Console, counted
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches

@@ -57,8 +57,7 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     with suppress(UserError):  # a base that cannot be trained is no problem here
         unet_step = read_shapes(config.model)[0].unet.downscale
     build.check_resolution(config, vae.downscale, vae.downscale * unet_step)
-    scaling = f"scaling factor {vae.scaling_factor:g}"
-    console.echo(f"VAE {vae_name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
+    console.echo(f"VAE {vae_name}: {vae.channels} latent channels, {vae.latent_space}, {config.cache.precision} on {device}")
     try:
         tokenizer = load_tokenizer(config.model)[0]
     except UserError as error:  # training needs a tokenizer, but encoding images does not

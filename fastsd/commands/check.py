@@ -111,7 +111,7 @@ def _model(config: Config, models: list[Model]) -> str:
     if not config.data.buckets:  # bucket sides may be odd in latents: the UNet upsamples to its skip connections' sizes
         build.check_resolution(config, step, component="UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
-    return f"{config.model.base}, UNet {parameters:,} parameters, VAE scaling factor {model.vae.scaling_factor:g}"
+    return f"{config.model.base}, UNet {parameters:,} parameters, VAE {model.vae.latent_space}"
 
 
 def _samples(model: Model, config: Config, warnings: list[str]) -> str:

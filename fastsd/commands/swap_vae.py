@@ -166,7 +166,7 @@ def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     """Raise UserError if the VAE is the base's own, or if its latents need no alignment or cannot be aligned."""
 
     def latent_space(vae: Vae) -> tuple[object, ...]:
-        return vae.hash, vae.scaling_factor, vae.shift_factor
+        return vae.hash, vae.latent_space
 
     if latent_space(base) == latent_space(new):
         state, new_state = base.module.state_dict(), new.module.state_dict()
@@ -184,7 +184,7 @@ def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
 
 def _print_changes(console: Console, model: Model, new: Vae) -> None:
     base_vae, channels = model.vae, model.unet.cfg.in_channels
-    console.echo(f"VAE scaling factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
+    console.echo(f"VAE {base_vae.latent_space} -> {new.latent_space}")
     for note in model.notes:
         console.warn(note)
     if new.channels != channels:

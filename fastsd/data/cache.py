@@ -23,7 +23,7 @@ Minimal use:
 
     from fastsd.data.cache import LatentCache
     cache = LatentCache.open("cache")
-    latents = cache.get([0, 1, 2])["latents"]          # a model is trained on these times cache.meta.scaling_factor
+    latents = cache.get([0, 1, 2])["latents"]          # a model is trained on cache.meta.latent_space.scale(latents)
 
 Shapes: B samples of one shape, V versions, C x h x w latents.
 """
@@ -35,7 +35,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from fastsd.config.paths import listed_paths
 from fastsd.config.schema import Config, DataTable
 from fastsd.data.rows import LATENTS, Index, Rows, damage_error, read_header
 from fastsd.errors import UserError
+from fastsd.model.latent_space import LatentSpace
 
 SHARD_ROWS = 4096
 ALIGN = 4096
@@ -78,6 +79,13 @@ class CacheMeta:
     latents: int
     crops: int
     flip: bool
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the model that the view was written for. Another model with this VAE may have another one."""
+        return LatentSpace(self.scaling_factor, self.shift_factor, tuple(self.latents_mean), tuple(self.latents_std))
 
     @property
     def versions(self) -> int:
@@ -230,7 +238,8 @@ def freeze(
     content = {
         "shards": json.dumps(shards),
         "groups": json.dumps([[group.shape, group.root, group.count] for group in groups]),
-        "meta": json.dumps(asdict(meta), sort_keys=True),
+        # Keys of the metadata that were added later are written only if they are set, so existing views keep their bytes.
+        "meta": json.dumps({key: value for key, value in asdict(meta).items() if value != ()}, sort_keys=True),
     }
     unhashed = {"place": json.dumps(asdict(place), sort_keys=True)} if place else {}
     serials = {}
@@ -256,7 +265,8 @@ class View(Index):
     def _parse(self) -> None:
         super()._parse()
         values = json.loads(self.metadata["meta"])
-        self.meta = CacheMeta(**{field.name: values[field.name] for field in fields(CacheMeta)})
+        names = [field.name for field in fields(CacheMeta) if field.name in values or field.default is MISSING]
+        self.meta = CacheMeta(**{name: values[name] for name in names})
         self.groups: list[Group] = []
         for shape, root, count in json.loads(self.metadata["groups"]):
             self.groups.append(Group(tuple(shape), root, self.samples, count))

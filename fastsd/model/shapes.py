@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsd.config.schema import Chunks, LoraTable, ModelTable
 from fastsd.errors import UserError
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
@@ -126,7 +127,7 @@ class _ShapedVae(Vae):
 
     def __init__(self, module: Any) -> None:
         self.module = module.eval().requires_grad_(False)
-        self.scaling_factor, self.shift_factor = 1.0, 0.0
+        self.latent_space = LatentSpace(1.0)
 
 
 def empty_model(shapes: Shapes, ops: Ops) -> Model:

@@ -1,7 +1,6 @@
-"""The VAE: diffusers' AutoencoderKL, our own layers for encoding, and the constants of its latent space.
+"""The VAE: diffusers' AutoencoderKL, our own layers for encoding, and its latent space.
 
-Latents are scaled by z = (raw - shift) * factor before the UNet sees them, and unscaled before decoding. The factor belongs
-to the VAE (0.18215 for SD1.5, 0.13025 for SDXL). Using another VAE's factor gives wrong colours.
+Latents are shifted and scaled before the UNet sees them, and back before decoding (`latent_space.py`).
 
 Shapes: B images of H x W pixels, multiples of the downscale; C latent channels; latents are (B, C, h, w).
 """
@@ -14,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.vae_encoder import VaeEncoder
 from fastsd_kernels import REFERENCE, Ops
 
-SD15_SCALING_FACTOR = 0.18215
-
 
 class Vae:
-    """An AutoencoderKL and the constants of its latent space.
+    """An AutoencoderKL of any number of latent channels, and its latent space.
 
     Args:
         module: diffusers' AutoencoderKL. Its weights are converted to channels last.
@@ -31,7 +29,7 @@ class Vae:
     Attributes:
         hash: sha256 of the encoder's shapes and its weights (as fp32). Two VAEs with the same hash give the same latents.
         channels, downscale: the number of latent channels, and of pixels per latent position along a side.
-        scaling_factor, shift_factor: the factor and the shift of the formula above.
+        latent_space: the shifts and factors between raw latents and what the UNet sees.
     """
 
     def __init__(self, module: Any, name: str, ops: Ops = REFERENCE) -> None:
@@ -40,13 +38,16 @@ class Vae:
         self.encoder = VaeEncoder(module, ops)
         self.channels: int = module.config.latent_channels
         self.downscale: int = 2 ** (len(module.config.block_out_channels) - 1)
-        self.scaling_factor: float = module.config.scaling_factor
-        self.shift_factor: float = getattr(module.config, "shift_factor", None) or 0.0
+        self.latent_space = LatentSpace.of(module.config, name)
         self.hash: str = _encoder_hash(module)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Vae:
         self.module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
         return self
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.latent_space.factor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,11 +95,11 @@ class Vae:
         return torch.cat([self.module.decode(raw[i : i + 1]).sample.float() for i in range(len(raw))]).clamp(-1, 1)
 
     def scale(self, raw_BCHW: Tensor) -> Tensor:
-        """Scale raw latents for the UNet."""
-        return (raw_BCHW - self.shift_factor) * self.scaling_factor
+        """Shift and scale raw latents for the UNet."""
+        return self.latent_space.scale(raw_BCHW)
 
     def unscale(self, latents_BCHW: Tensor) -> Tensor:
-        return latents_BCHW / self.scaling_factor + self.shift_factor
+        return self.latent_space.unscale(latents_BCHW)
 
 
 def _encoder_hash(module: Any) -> str:

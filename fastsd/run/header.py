@@ -38,7 +38,7 @@ def header(run: Run) -> dict[str, str]:
         "run": f"{run.folder} ({', '.join(lengths)}{resumed})",
         "kernels": f"{describe_ops(run.ops)} on {_device_name(run.device)}, {size_text(memory_gb(run.device) * 1e9)} in use",
         "base": config.model.base,
-        "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, scaling factor {vae.scaling_factor:g}",
+        "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, {vae.latent_space}",
         "images": f"{images} at {config.data.resolution} px{sizes}{epoch}{empty}",
         "cache": f"{meta.cached} of {meta.images} images cached{rejected}{embeddings} ({config.cache.dir})",
         "stages": "\n".join(stages),

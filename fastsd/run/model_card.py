@@ -21,7 +21,6 @@ from fastsd.config.keys import COLUMN, NO_EFFECT, keys_with
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import Config, StageTable, parse_config
 from fastsd.errors import UserError
-from fastsd.model.formats.fold_vae import SD15_SCALING_FACTOR
 from fastsd.model.formats.model_summary import (
     SUMMARY,
     Adapters,
@@ -32,6 +31,7 @@ from fastsd.model.formats.model_summary import (
     StageSummary,
     read_summary,
 )
+from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.text_encoder import AUTO_CHUNKS
 from fastsd.run import card_code
 from fastsd.run.checkpoint import CONFIG, STATE

@@ -22,9 +22,9 @@ from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.load import load_model, load_vae, write_rest
 from fastsd.model.formats.model_summary import ModelSummary
 from fastsd.model.formats.original_names import PREFIX, ema_name, original_names
+from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE
 from fastsd.model.unet import UNetConfig
-from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import expected_tensors
 from fastsd.run.model_card import write_card
 from fastsd.storage import TensorFile, write_safetensors

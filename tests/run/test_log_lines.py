@@ -19,6 +19,7 @@ from sentences import says
 from fastsd.config.schema import LogTable, StageTable
 from fastsd.config.stages import ENDLESS
 from fastsd.data.loader import Batch
+from fastsd.model.latent_space import LatentSpace
 from fastsd.run import log as logs
 from fastsd.run import report as reports
 from fastsd.run.checkpoint import RunProgress
@@ -519,7 +520,7 @@ def header_of(images=21, epochs=(21,), step=0, cached=21, shapes=1, measured=Fal
     run.config.cache, run.config.validate_ = SimpleNamespace(dir="cache"), SimpleNamespace(every=5)
     run.data = SimpleNamespace(latents=Latents(), epochs=list(epochs), text_embeddings=facts.get("embeddings"))
     run.data.sets = SimpleNamespace(measured=measured)
-    run.model = SimpleNamespace(vae=SimpleNamespace(channels=4, scaling_factor=0.13025))
+    run.model = SimpleNamespace(vae=SimpleNamespace(channels=4, latent_space=LatentSpace(0.13025)))
     run.position = SimpleNamespace(steps=[9, ENDLESS], progress=SimpleNamespace(step=step))
     run.evaluation = SimpleNamespace(validation="4 images")
     return header(run)

@@ -11,6 +11,7 @@ from PIL import Image
 from fastsd.config.schema import parse_config
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import decode, probe
+from fastsd.model.latent_space import LatentSpace
 
 R = 32  # resolution, px
 
@@ -18,10 +19,10 @@ R = 32  # resolution, px
 class StubVae:
     """A VAE that pools and projects pixels, so that an image's latents do not depend on its batch."""
 
-    name, shift_factor, channels, downscale = "stub", None, 4, 8
+    name, channels, downscale = "stub", 4, 8
 
     def __init__(self, key="stub", scaling_factor=0.5, delay=0.0):
-        self.hash, self.scaling_factor, self.delay = key, scaling_factor, delay
+        self.hash, self.latent_space, self.delay = key, LatentSpace(scaling_factor), delay
         self.encoded = 0  # images
 
     def encode(self, images_B3RR):

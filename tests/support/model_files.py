@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tiny import make_tiny_model, tiny_vae
 
 from fastsd.commands.convert import ConvertOptions, convert
+from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.unet import UNetConfig
-from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.storage import write_safetensors
 from fastsd.terminal.console import Console

@@ -130,8 +130,8 @@ class _Build:
         metadata = {
             "vae": vae.hash,
             "vae_name": vae.name,
-            "scaling_factor": repr(float(vae.scaling_factor)),
-            "shift_factor": repr(float(vae.shift_factor or 0.0)),
+            "scaling_factor": repr(float(vae.latent_space.factor)),
+            "shift_factor": repr(float(vae.latent_space.shift)),
             "preprocessing": json.dumps(cache.preprocessing(config), sort_keys=True),
         }
         self.space = store.space(self.space_name, metadata, config.cache.dtype)
@@ -183,7 +183,8 @@ class _Build:
                 mean, _ = imported_latents.read_latent(data, kind)
                 means.append(mean.reshape(len(mean), -1))
         if means and len({len(mean) for mean in means}) == 1:
-            problem = imported_latents.check_scale(np.concatenate(means, axis=1).std(axis=1).tolist(), self.vae.scaling_factor)
+            std_C = np.concatenate(means, axis=1).std(axis=1).tolist()
+            problem = imported_latents.check_scale(std_C, self.vae.latent_space.overall_factor(std_C))
             if problem:
                 raise UserError(
                     "cache-latents-of-other-vae",
@@ -254,8 +255,8 @@ class _Build:
         meta = cache.CacheMeta(
             vae_hash=vae.hash,
             vae_name=vae.name,
-            scaling_factor=float(vae.scaling_factor),
-            shift_factor=float(vae.shift_factor or 0.0),
+            scaling_factor=float(vae.latent_space.factor),
+            shift_factor=float(vae.latent_space.shift),
             channels=vae.channels,
             downscale=vae.downscale,
             resolution=config.data.resolution,
@@ -269,6 +270,8 @@ class _Build:
             latents=counts.latents,
             crops=config.data.crops,
             flip=config.data.flip,
+            latents_mean=vae.latent_space.mean,
+            latents_std=vae.latent_space.std,
         )
 
         work = self.store.folder / "work"

@@ -36,6 +36,7 @@ from fastsd.data.building.store import Claims, Shard, Store
 from fastsd.data.sources import folders, imported_latents
 from fastsd.data.sources.folders import DataSource, Rejected
 from fastsd.errors import UserError, out_of_memory
+from fastsd.model.latent_space import LatentSpace
 
 _WRITES_AHEAD = 8  # encoded blocks that may wait for the disk
 _POLL_SECONDS = 0.2  # between two checks for blocks that other processes have left undone
@@ -54,9 +55,7 @@ class LatentEncoder(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def scaling_factor(self) -> float: ...
-    @property
-    def shift_factor(self) -> float | None: ...
+    def latent_space(self) -> LatentSpace: ...
     @property
     def channels(self) -> int: ...
     @property

@@ -138,7 +138,7 @@ def _measure(folder: Path, path: Path) -> ViewStats:
             buckets[f"{width * meta.downscale}x{height * meta.downscale}"] += group.count
             count = -(-min(MEASURED, total) * group.count // total)  # in proportion to its samples, at least one
             for chunk in np.array_split(np.linspace(0, group.count - 1, count, dtype=np.int64), -(-count // 64)):
-                scaled = (latents.get(group.first + chunk)["latents"].double() - meta.shift_factor) * meta.scaling_factor
+                scaled = meta.latent_space.scale(latents.get(group.first + chunk)["latents"].double())
                 sums += scaled.sum((0, 2, 3))
                 square_sums += scaled.square().sum((0, 2, 3))
                 cell_count += len(chunk) * height * width

@@ -1,63 +1,56 @@
-"""Fold a VAE's scaling factor and shift into its weights, for tools that assume the factor 0.18215.
+"""Fold a VAE's latent space into its weights, for tools that know one factor and no shift.
 
-Single-file loaders scale the latents of every VAE by F = 0.18215. Let f be the VAE's own factor, s its shift, and r = f / F:
+Single-file loaders scale the latents of every VAE by F = 0.18215, and diffusers' StableDiffusionPipeline reads `scaling_factor`
+alone. Let f and s be the scale and the shift of a channel (`latent_space.py`), and r = f / F, all of them per channel:
 
-    encoder   z = (m - s) f = m' F,  m' = r (m - s)        quant_conv, mean: weight' = r weight, bias' = r (bias - s)
-              logvar' = logvar + 2 ln |r|                  quant_conv, logvar: bias' = bias + 2 ln |r|
-    decoder   x = z / f + s = x' / r + s,  x' = z / F      post_quant_conv: weight' = weight / r, bias' = bias + s sum_in weight
+    encoder   z = (m - s) f = m' F,  m' = r (m - s)   quant_conv, mean: weight' = r weight (by row), bias' = r (bias - s)
+              logvar' = logvar + 2 ln |r|             quant_conv, logvar: bias' = bias + 2 ln |r|
+    decoder   x = z / f + s = x' / r + s,  x' = z / F post_quant_conv: weight' = weight / r (by column), bias' = bias + weight s
 
-Both layers are 1x1 convolutions without padding, so folding is exact, except that log variances are clamped to [-30, 20]
-after folding instead of before. A VAE without these layers, such as SD3's, first gets identities, because the layout requires
-the layers. Folding s into a padded 3x3 convolution instead would be wrong at the border.
+Both layers are 1x1 convolutions without padding, so folding is exact for every space that shifts and scales its channels,
+except that log variances are clamped to [-30, 20] after folding instead of before. A VAE without these layers, such as SD3's,
+first gets identities, because the layout requires the layers. Folding s into a padded 3x3 convolution instead would be wrong at
+the border.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsd.errors import UserError
-from fastsd.model.vae import SD15_SCALING_FACTOR
+from fastsd.model.latent_space import LatentSpace
 from fastsd.storage import DTYPES, Stored, Tensors, as_tensor
 
 UNFOLDED = "fastsd.vae_unfolded"  # header key of the text from `unfold_record`
 _NAMES = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
-_SETTINGS = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv")
-
-
-def factor_and_shift(config: dict[str, Any], place: str) -> tuple[float, float]:
-    """Return the scaling factor and the shift in a VAE's config. Raise UserError, naming `place`, if they are not valid."""
-    factor = SD15_SCALING_FACTOR if config.get("scaling_factor") is None else config["scaling_factor"]
-    shift = 0.0 if config.get("shift_factor") is None else config["shift_factor"]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
-        raise UserError(
-            "vae-factor", f"{place}: scaling_factor is {factor!r}, shift_factor is {shift!r}; give finite numbers, factor not 0"
-        )
-    return factor, shift
+_SETTINGS = (*LatentSpace().settings(), "use_quant_conv", "use_post_quant_conv")
 
 
 def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str, Any], Tensors]:
-    """Return the config and tensors of an equivalent VAE with factor 0.18215 and no shift.
+    """Return the config and tensors of an equivalent VAE with factor 0.18215, no shift and no statistics.
 
     Raises:
-        UserError: the factor is invalid.
+        UserError: the latent space in the config is invalid.
     """
-    factor, shift = factor_and_shift(config, place)
     old = _latent_convolutions(config, tensors)
-    r, channels = factor / SD15_SCALING_FACTOR, old["post_quant_conv.weight"].shape[1]
     weight, bias, post_weight, post_bias = (old[name].double() for name in _NAMES)
+    channels = post_weight.shape[1]
+    target = LatentSpace()
+    s_C, f_C = LatentSpace.of(config, place).per_channel(channels)
+    r_C = f_C / target.factor
+    r_C111 = r_C[:, None, None, None]
     new = {
-        "quant_conv.weight": torch.cat([r * weight[:channels], weight[channels:]]),
-        "quant_conv.bias": torch.cat([r * (bias[:channels] - shift), bias[channels:] + 2 * math.log(abs(r))]),
-        "post_quant_conv.weight": post_weight / r,
-        "post_quant_conv.bias": post_bias + shift * post_weight.sum((1, 2, 3)),
+        "quant_conv.weight": torch.cat([r_C111 * weight[:channels], weight[channels:]]),
+        "quant_conv.bias": torch.cat([r_C * (bias[:channels] - s_C), bias[channels:] + 2 * r_C.abs().log()]),
+        "post_quant_conv.weight": post_weight / r_C111[:, 0],
+        "post_quant_conv.bias": post_bias + post_weight[:, :, 0, 0] @ s_C,
     }
-    settings = {"scaling_factor": SD15_SCALING_FACTOR, "shift_factor": None}
+    settings = {key: value for key, value in target.settings().items() if key in config or not key.startswith("latents_")}
     settings |= {"use_quant_conv": True, "use_post_quant_conv": True}
     return {**config, **settings}, {**tensors, **{name: tensor.float() for name, tensor in new.items()}}
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fastsd.config.schema import ModelTable
 from fastsd.errors import UserError
-from fastsd.model.formats.fold_vae import factor_and_shift
 from fastsd.model.formats.model_source import ComponentFiles, find_tokenizer, locate, open_file, read_component, read_scheduler
 from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
 from fastsd.model.model import Model, usable_scheduler
 from fastsd.model.shapes import check_text_to_image
@@ -184,7 +184,7 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
         config["scaling_factor"] = table.vae_scaling_factor
 
     module = empty_component("vae", config, component.config_file)
-    factor_and_shift(config, component.config_file)
+    LatentSpace.of(config, component.config_file)
     module.to_empty(device="cpu")
     copy_tensors(module.state_dict(), component.tensors, component.place)
     return Vae(module, name, ops)

@@ -17,10 +17,11 @@ from typing import Any
 
 from fastsd.errors import UserError
 from fastsd.model import model
-from fastsd.model.formats import fold_vae, single_file_layout
+from fastsd.model.formats import flux2_vae, fold_vae, single_file_layout
 from fastsd.model.formats.original_names import PREFIX, current_vae_name, usual_name
 from fastsd.model.formats.pickles import unpickle
 from fastsd.model.formats.quantized import dequantize
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.weights import check_names, classic_text_name, expected_tensors
 from fastsd.storage import TensorFile, Tensors, read_json
 
@@ -143,7 +144,7 @@ def check_component(name: str, component: ComponentFiles, notes: list[str]) -> C
     """Return the component and add a note on it. Raise UserError unless it has the tensors that its config requires."""
     check_names(expected_tensors(name, component.config, component.config_file), component.tensors, component.place)
     if name == "vae":
-        fold_vae.factor_and_shift(component.config, component.config_file)
+        LatentSpace.of(component.config, component.config_file)
     notes.append(f"{name}: {component.file}, {len(component.tensors)} tensors in {_dtypes(component.tensors)}")
     return component
 
@@ -166,10 +167,8 @@ class File:
                     f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a complete SD1.5 model",
                 )
             return None
-        if name == "vae" and fold_vae.UNFOLDED in self.metadata:
-            unfolded = fold_vae.unfold(*contents, self.metadata[fold_vae.UNFOLDED])
-            notes.append("vae: scaling factor " + ("unfolded" if unfolded else "not unfolded, because the VAE has changed"))
-            contents = unfolded or contents
+        if name == "vae":
+            contents = _unfolded(*contents, self.metadata, notes)
         return ComponentFiles(*contents, str(self.path), self.path.name)
 
     def scheduler(self) -> dict[str, Any]:
@@ -259,13 +258,28 @@ def read_component(folder: Path, component: str, notes: list[str] | None = None,
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
     weights = files[0]
     tensors = _open_shards(weights, notes) if weights.suffix == ".json" else _open_tensors(weights, notes)
+    if component == "vae" and config.get("_class_name") == flux2_vae.CLASS:
+        config, tensors = flux2_vae.as_autoencoder_kl(config, tensors, f"{folder}/config.json")
     unused = [name for name in tensors if single_file_layout.is_unused(component, name)]
     ignored += dict.fromkeys(name.split(".")[0] for name in unused if not name.endswith("position_ids"))
     if ignored:
         notes.append(f"{component}: ignored {', '.join(ignored)}")
     rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(component, str)
-    renamed = {rename(name): tensor for name, tensor in tensors.items() if name not in unused}
+    renamed: Tensors = {rename(name): tensor for name, tensor in tensors.items() if name not in unused}
+    if component == "vae" and files[-1].suffix == ".safetensors":
+        config, renamed = _unfolded(config, renamed, TensorFile(files[-1]).metadata, notes)
     return ComponentFiles(config, renamed, str(folder), weights.name)
+
+
+def _unfolded(
+    config: dict[str, Any], tensors: Tensors, metadata: Mapping[str, str], notes: list[str]
+) -> tuple[dict[str, Any], Tensors]:
+    """Return a VAE as it was before its latent space was folded into its weights, if a file's header says so."""
+    if fold_vae.UNFOLDED not in metadata:
+        return config, tensors
+    unfolded = fold_vae.unfold(config, tensors, metadata[fold_vae.UNFOLDED])
+    notes.append("vae: scaling factor " + ("unfolded" if unfolded else "not unfolded, because the VAE has changed"))
+    return unfolded or (config, tensors)
 
 
 def read_scheduler(base: Path) -> dict[str, Any]:

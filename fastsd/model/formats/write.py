@@ -19,8 +19,8 @@ from fastsd.model.formats import fold_vae as folding
 from fastsd.model.formats.model_source import PICKLED, ModelSource
 from fastsd.model.formats.original_names import PREFIX, original_names
 from fastsd.model.formats.single_file_layout import CONFIGS, V_PREDICTION, ZERO_SNR
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.model import usable_scheduler
-from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import Stored, Tensors, new_file, write_bytes, write_safetensors, write_text
 from fastsd.terminal.texts import WARNING
 
@@ -86,9 +86,15 @@ def write_component(
     shard: int = 0,
     finite: str = "",
 ) -> dict[str, str]:
-    """Write one component into a model's folder, as `write_folder` does. `finite` is passed on to `write_safetensors`."""
+    """Write one component into a model's folder, as `write_folder` does. `finite` is passed on to `write_safetensors`.
+
+    diffusers' StableDiffusionPipeline reads only `scaling_factor`, so a shift or statistics of a VAE are folded into it.
+    """
     (folder / name).mkdir(parents=True, exist_ok=True)
     config = _portable(config)
+    metadata: dict[str, str] = {}
+    if name == "vae" and not LatentSpace.of(config, str(folder)).is_scaled_only:
+        metadata, config, tensors = _folded(config, tensors, str(folder))
     if dtype and name == "text_encoder":
         dtype_name = str(DTYPE[dtype]).removeprefix("torch.")
         config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
@@ -105,8 +111,13 @@ def write_component(
         index = f"{name}/{_STEM[name]}.safetensors.index{suffix}.json"
         hashes[index] = _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
     for file, group in zip(files, shards, strict=True):
-        hashes[f"{name}/{file}"] = write_safetensors(folder / name / file, group, dtype=target_dtype, finite=finite)
+        hashes[f"{name}/{file}"] = write_safetensors(folder / name / file, group, metadata, target_dtype, finite)
     return hashes
+
+
+def _folded(config: Config, tensors: Tensors, place: str) -> tuple[dict[str, str], dict[str, Any], Tensors]:
+    """Return a VAE with factor 0.18215, no shift and no statistics, preceded by the header entry that restores the VAE."""
+    return {folding.UNFOLDED: folding.unfold_record(dict(config), tensors)}, *folding.fold(dict(config), tensors, place)
 
 
 def _shards(tensors: Tensors, limit: int, dtype: torch.dtype | None) -> list[Tensors]:
@@ -169,14 +180,20 @@ def write_single_file(
     notes: list[str] = []
     header = dict(metadata or {})
     vae = components.get("vae")
-    factor, shift = folding.factor_and_shift(vae.config, vae.config_file) if vae else (SD15_SCALING_FACTOR, 0.0)
-    if vae and (factor, shift) != (SD15_SCALING_FACTOR, 0.0):
-        label = f"VAE: factor {factor:g}" + (f" and shift {shift:g}" if shift else "")
+    space = LatentSpace.of(vae.config, vae.config_file) if vae else LatentSpace()
+    if vae and space != LatentSpace():
+        label = f"VAE: {space}"
         if fold:
-            config, folded = folding.fold(vae.config, vae.tensors, vae.place)
-            header[folding.UNFOLDED] = folding.unfold_record(vae.config, vae.tensors)
+            record, config, folded = _folded(vae.config, vae.tensors, vae.place)
+            header |= record
             components["vae"] = replace(vae, config=config, tensors=folded)
             notes.append(f"{label} folded into its 1x1 convolutions, because single-file loaders assume 0.18215")
+        elif not space.is_scaled_only:
+            raise UserError(
+                "single-file-shift",
+                f"{vae.config_file}: has {space}, which no loader of single files reads; omit --no-fold to fold it "
+                "into the VAE's weights",
+            )
         else:
             notes.append(f"{WARNING}{label} not folded; tools that assume 0.18215 will show wrong colours")
 
