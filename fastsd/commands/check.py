@@ -129,7 +129,7 @@ def _stage(config: Config, index: int, models: list[Model], images_per_epoch: li
         trained_size = f" ({parameter_count(models[0], trained):,} parameters)"
     steps = check_length(stage, name, images_per_epoch[0]) if images_per_epoch else None
     if models:
-        warnings += stage_notes(stage, name, steps or ENDLESS, models[0].scheduler, models[0].prediction)
+        warnings += stage_notes(stage, name, steps or ENDLESS, models[0].scheduler)
     amount = steps if steps and steps < ENDLESS else stage.until
     length = f"{amount} steps" if isinstance(amount, int) else amount
     return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"

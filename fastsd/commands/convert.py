@@ -9,6 +9,7 @@ from shlex import quote
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
+from fastsd.model.flow_schedule import is_flow
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, load_merged
 from fastsd.model.formats.load import component_state_dict
 from fastsd.model.formats.model_source import (
@@ -25,6 +26,7 @@ from fastsd.model.formats.write import check_folder_name, write_folder, write_si
 from fastsd.run.checkpoint import averages_of
 from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
+from fastsd.run.other_programs import WEBUI_FLOW, sampling_notes
 from fastsd.storage import TensorFile, new_folder
 from fastsd.terminal.console import STDOUT, Console
 from fastsd.terminal.texts import size_text
@@ -125,7 +127,7 @@ def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: Con
         size = (source.components["unet"].config.get("sample_size") or 64) * downscale
         metadata = metadata_of(summary, source.scheduler, size, title=out.stem)
         notes = write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
-        return notes + _v_prediction_notes(source, out)
+        return notes + _prediction_notes(source, out)
     with new_folder(out) as folder:
         shard = round(options.shard * (1 << 30))
         write_folder(source, folder, dtype=options.dtype, variant=options.variant, shard=shard)
@@ -133,7 +135,11 @@ def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: Con
     return []
 
 
-def _v_prediction_notes(source: ModelSource, out: Path) -> list[str]:
+def _prediction_notes(source: ModelSource, out: Path) -> list[str]:
+    """Return what other programs need in order to sample a model that does not predict epsilon."""
+    if is_flow(source.scheduler):
+        (comfy,), _ = sampling_notes(source.scheduler, out.name)
+        return [f"flow, ComfyUI: {comfy}".replace("*", ""), f"flow, A1111: {WEBUI_FLOW}"]
     if source.scheduler.get("prediction_type") != "v_prediction":
         return []
     zsnr = str(bool(source.scheduler.get("rescale_betas_zero_snr"))).lower()

@@ -35,6 +35,7 @@ from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.captions import select
 from fastsd.errors import Stopped, UserError
+from fastsd.model.flow_schedule import timesteps_of
 from fastsd.model.formats.load import load_vae, table_of
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
@@ -43,7 +44,6 @@ from fastsd.sampling.generate import BATCH, check_steps, denoise, load_to_sample
 from fastsd.storage import TEMPORARY, flush_folder, replace_file, write_bytes
 from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device
-from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import precision_switches
 from fastsd_kernels import noise
 
@@ -115,7 +115,7 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
     if start == 0:
         return None, load_vae(table).to(choose_device(device), torch.float32)
     model = load_to_sample(table, device, precision)
-    timesteps = len(alphas_cumprod(model.scheduler))
+    timesteps = timesteps_of(model.scheduler)
     if start is not None and not 0 < start < timesteps:
         advice = f"give 1 to {timesteps - 1}, or 0 to decode the latents unchanged"
         raise UserError(
@@ -141,7 +141,9 @@ def _settings(table: ModelTable, config: Config, latents: LatentCache, start: in
     """Collect everything that determines the redrawn images, but not how many are drawn."""
     base = os.path.abspath(table.base) if os.path.exists(table.base) else table.base
     view = f"{latents.name} {latents.sha256[:16]}"
-    model = table.model_dump(exclude={"lora"}) | {"base": base, "precision": precision, "start": start, "seed": config.seed}
+    unset = {"flow_shift"} if table.flow_shift is None else set()  # folders of older versions do not have this key
+    settings = {"base": base, "precision": precision, "start": start, "seed": config.seed}
+    model = table.model_dump(exclude={"lora"} | unset) | settings
     images = {"view": view, "include": config.data.include, "exclude": config.data.exclude}
     # Folders of older versions do not have this key.
     rescale = {"guidance_rescale": config.sample.guidance_rescale} if config.sample.guidance_rescale else {}

@@ -45,6 +45,7 @@ from fastsd.run.validation import Strata, aggregate
 from fastsd.storage import new_folder, write_text
 from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels.noise import Purpose, permutation
 
@@ -88,6 +89,12 @@ def swap_vae(
     compute_device = choose_device(device, console)
     table = ModelTable(base=base, tokenizer=tokenizer)
     model = load_merged(table, choose_ops("auto", compute_device))
+    if images and model.prediction == "flow":
+        raise UserError(
+            "align-flow",
+            f"BASE {base} is a flow, and the fits are for models that predict epsilon or v; align the base that the flow was "
+            "trained from, or omit --images",
+        )
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
     _check_vaes(model.vae, new_vae, vae, aligning=bool(images))
     _print_changes(console, model, new_vae)
@@ -314,7 +321,7 @@ class _Alignment:
         fit_pairs, measure_pairs = (
             align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fit_index_N, self.measure_index_N)
         )
-        schedule = align.Schedule.of(self.strata.abar_T, self.model.prediction)
+        schedule = align.Schedule.of(alphas_cumprod(self.model.scheduler), self.model.prediction)
         results = {"own": _Measured(edge_layers, loss=self._loss(edge_layers, self.pairs.x_NCHW))}
         fits = [align.fit_plain(*fit_pairs.channels)]
         fits += [fit(fit_pairs, schedule) for fit in (align.fit_orthogonal, align.fit_affine, align.fit_kernel)]

@@ -59,14 +59,21 @@ class ModelTable(Table):
     # Where a full chunk ends: "tokens" = after 75 tokens, as in ComfyUI; "commas" = after the last comma among the last 20 of
     # them, as in A1111; "words" = before a word of less than 8 tokens that does not fit, as in earlier versions of ComfyUI
     cut: Cut = "tokens"
-    prediction: Literal["", "epsilon", "v_prediction"] = ""  # what the UNet predicts from x_t; "" = as in the base
+    # What the UNet predicts from x_t; "" = as in the base. "flow" = a rectified flow: eps - x_0 at x_s = (1 - s) x_0 + s eps
+    prediction: Literal["", "epsilon", "v_prediction", "flow"] = ""
     zero_snr: bool | None = None  # rescale the noise schedule so that it ends in pure noise; unset = as in the base
+    # Shift of a flow's samples: k takes s in k s / (1 + (k - 1) s) in place of equal steps; unset = as in the base, or 1.0
+    flow_shift: float | None = Field(None, gt=0)
     lora: LoraTable | None = None  # the table [model.lora]: adapters, which train = ["lora"] trains
 
     @model_validator(mode="after")
     def _check_prediction(self) -> ModelTable:
         if self.zero_snr and self.prediction == "epsilon":
             raise ValueError('prediction is "epsilon" and zero_snr is true; use "v_prediction" or zero_snr = false')
+        if self.zero_snr is not None and self.prediction == "flow":
+            raise ValueError('prediction is "flow", which has no noise schedule, and zero_snr is set; remove zero_snr')
+        if self.flow_shift is not None and self.prediction not in ("", "flow"):
+            raise ValueError(f'flow_shift is set and prediction is "{self.prediction}"; use "flow", or remove flow_shift')
         return self
 
 
@@ -201,7 +208,8 @@ class SampleTable(Table):
     negative: str = ""  # negative prompt, which replaces the empty prompt of the guidance
     images: int = Field(2, ge=1)  # columns of the grid: images per prompt, each with its own fixed seed
     seed: int = Field(0, ge=0, lt=2**64)  # seed of the first column; each further column adds 1
-    sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"  # dpm++ is DPM++ 2M
+    # dpm++ is DPM++ 2M. Flows have euler, heun and dpm++; other models have all but heun
+    sampler: Literal["ddim", "euler", "euler_a", "heun", "dpm++"] = "dpm++"
     steps: int = Field(20, ge=1)  # sampler steps
     guidance: float = Field(7.0, ge=0)  # classifier-free guidance scale; 1 = off
     # Share of the guided prediction whose spread is reduced to that of the prompt's; 0.7 for models with zero_snr, 0 = off
@@ -305,6 +313,9 @@ class Config(Table):
                 raise ValueError(f'stage {name!r} trains "lora" and [model.lora] is missing; add the table')
             if stage.state == "carry" and i == 0:
                 raise ValueError(f'stage {name!r} has state = "carry" and is the first; remove state')
+            adapts_text = "lora" in stage.train and self.model.lora is not None and self.model.lora.text_encoder
+            if stage.teacher and ("text_encoder" in stage.components or adapts_text):
+                raise ValueError(f"stage {name!r} has a teacher and trains the text encoder, which it reads; use two stages")
             for key in ("optimizer", "betas", "train") if stage.state == "carry" else ():
                 previous, current = getattr(self.stage[i - 1], key), getattr(stage, key)
                 if previous != current:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastsd.config.schema import LoraTable
+from fastsd.model.flow_schedule import flow_scheduler, is_flow
 from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet
 from fastsd.model.vae import Vae
@@ -28,9 +29,12 @@ def usable_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a scheduler_config.json with which diffusers samples from the noise schedule that the config describes.
 
     With zero terminal SNR, samples must start at the last timestep (Lin et al. 2024, section 3.3), and the scheduler must be
-    one that supports the schedule, which SD1.5's PNDM does not. Other configs are returned as they are.
+    one that supports the schedule, which SD1.5's PNDM does not. A flow's is that of `flow_scheduler`. Other configs are
+    returned as they are.
     """
     usable = dict(config)
+    if is_flow(config):
+        return flow_scheduler(config)
     if not config.get("rescale_betas_zero_snr"):
         return usable
     if config.get("_class_name") not in _ZERO_SNR_CLASSES:
@@ -60,8 +64,8 @@ class Model:
 
     @property
     def prediction(self) -> str:
-        """The quantity that the UNet predicts from x_t: "epsilon" or "v_prediction"."""
-        return self.scheduler.get("prediction_type", "epsilon")
+        """The quantity that the UNet predicts from x_t: "epsilon", "v_prediction", or "flow" (eps - x_0)."""
+        return "flow" if is_flow(self.scheduler) else self.scheduler.get("prediction_type", "epsilon")
 
     def component(self, name: str) -> torch.nn.Module:
         """Return the module of a trainable component, "unet" or "text_encoder"."""

@@ -17,17 +17,27 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
+from fastsd.model.flow_schedule import flow_scheduler
+from fastsd.model.model import SD15_SCHEDULER
 from fastsd.model.shapes import Shapes, empty_model, materialize
 from fastsd.model.vae_encoder import VaeEncoder
 from fastsd.plan.communication import Message, Part, RehearsedRanks, Wait
 from fastsd.plan.operations import Operation, Recorder
 from fastsd.sampling.generate import BATCH
+from fastsd.train.flow import Teacher
 from fastsd.train.memory import LiveBytes
 from fastsd.train.optim import flat_state
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.launch import Launch, recording
+
+
+def empty_teacher(shapes: Shapes, ops: Ops, device: torch.device) -> Teacher:
+    """Build the teacher of a stage without data. The weights that the stage does not train are the model's."""
+    unet = empty_model(replace(shapes, lora=None), ops).unet
+    materialize(unet, device)
+    return Teacher(unet, SD15_SCHEDULER, known_equal=True)
 
 
 @dataclass(frozen=True)
@@ -107,8 +117,12 @@ class Rehearsal:
                 if not (cached_text and name == "text_encoder"):
                     materialize(module, self._device)
             stage = stage.model_copy(update={"micro_batch": micro_batch_size})
+            teacher = None
+            if stage.teacher:
+                self._model.scheduler = flow_scheduler({})
+                teacher = empty_teacher(shapes, self._model.unet.ops, self._device)
             ranks = RehearsedRanks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, self._communicate)
-            self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, ranks=ranks)
+            self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, teacher=teacher, ranks=ranks)
             for name, optimizer in self._step.optimizers.items():  # allocates the state, which is lazy
                 component = self._step.components[name]
                 flat_state(optimizer, component.names, component.layout.views)
@@ -172,6 +186,7 @@ class Rehearsal:
             owners[f"weights of the {name.replace('_', ' ')}, {status}"] = component.tensors_by_role()["weights"]
         owners["VAE, for samples"] = [p.data for p in self.modules["vae"].parameters()]
         owners |= {"gradients": step_owners["gradients"], "optimizer state": step_owners["state"], "EMA": step_owners["ema"]}
+        owners |= {"teacher, as far as it is trained": step_owners["teacher"]} if step_owners["teacher"] else {}
         return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
 
     @contextmanager

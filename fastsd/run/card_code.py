@@ -7,13 +7,15 @@ applies to the positive prompt only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastsd.config.schema import Chunks, Cut, SampleTable
+from fastsd.model.flow_schedule import is_flow
 from fastsd.model.formats.model_summary import ModelSummary, Samples
 from fastsd.model.text_encoder import COMMA_TOKENS, LONG_WORD, chunk_limit, context_lengths
 from fastsd.run.markdown import python_string
-from fastsd.sampling.samplers import SAMPLERS, sampler_options
+from fastsd.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, sampler_options
 
 _DEFAULTS, _PROMPT = SampleTable(), "a red fox in the snow"
 
@@ -35,19 +37,21 @@ def load_lora(file: str, base: str, dtype: str, *, other_vae: bool) -> str:
     return "\n".join([*lines, f"pipe.load_lora_weights({python_string(file)})"])
 
 
-def draw(summary: ModelSummary, dtype: str, window: int) -> str:
+def draw(summary: ModelSummary, dtype: str, window: int, config: Mapping[str, Any]) -> str:
     """Return the program that loads a folder and draws the first prompt of its samples with their settings.
 
     Args:
         summary: the model's summary; without samples, the defaults of a config are used.
         dtype: torch's name of a dtype.
         window: tokens that the text encoder reads at a time.
+        config: the model's scheduler config.
     """
     settings = {"sampler", "steps", "guidance", "guidance_rescale"}
     samples = summary.samples or Samples(step=0, prompts=[], **_DEFAULTS.model_dump(include=settings))
     plain_prompts = [text for text in samples.prompts if " --" not in text]  # those without settings of their own
     prompt = python_string([*plain_prompts, *(text.partition(" --")[0] for text in samples.prompts), _PROMPT][0])
-    scheduler = SAMPLERS.get(samples.sampler, "")  # a summary from elsewhere may name another sampler
+    flow = is_flow(config)
+    scheduler = (FLOW_SAMPLERS if flow else SAMPLERS).get(samples.sampler, "")  # a summary may name another sampler
     width, height = samples.width or summary.resolution, samples.height or summary.resolution
     options = [f"num_inference_steps={samples.steps}, guidance_scale={samples.guidance:g}"]
     options += [f"guidance_rescale={samples.guidance_rescale:g}"] if samples.guidance_rescale else []
@@ -62,8 +66,11 @@ def draw(summary: ModelSummary, dtype: str, window: int) -> str:
     lines = ["import torch", f"from diffusers import {scheduler}{', ' * bool(scheduler)}StableDiffusionPipeline", ""]
     lines.append(f'pipe = StableDiffusionPipeline.from_pretrained("FOLDER").to("cuda", torch.{dtype})')
     if scheduler:
-        arguments = "".join(f", {key}={value}" for key, value in sampler_options(samples.sampler).items())
+        options_of_class = sampler_options(samples.sampler, config).items()
+        arguments = "".join(f", {key}={value!r}" for key, value in options_of_class if config.get(key) != value)
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler"{arguments})')
+        if scheduler.startswith("FlowMatch"):
+            lines.append("pipe.scheduler.init_noise_sigma = 1.0  # which the pipeline reads and the class lacks")
     return "\n".join([*lines, *encode, f"image = pipe(\n{call}).images[0]"])
 
 

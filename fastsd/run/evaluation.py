@@ -118,9 +118,9 @@ class Evaluation:
 
         def measure(batch: int) -> bytes:
             nonlocal shape
-            errors_WnS = self.validation.errors(step.components.values(), batch, self.ranks)
-            shape = errors_WnS.shape
-            return errors_WnS.numpy().tobytes()
+            values_WnV = self.validation.measure(step.components.values(), batch, self.ranks)
+            shape = values_WnV.shape
+            return values_WnV.numpy().tobytes()
 
         def summarize(shares: list[bytes], batch: int) -> list[ValidationRow]:
             parts = [torch.frombuffer(bytearray(share), dtype=torch.float64).view(shape) for share in shares]

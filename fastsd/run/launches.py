@@ -23,7 +23,7 @@ from fastsd.model.model import Model
 from fastsd.model.select import selected
 from fastsd.model.shapes import Shapes, empty_model, materialize
 from fastsd.model.vae_encoder import VaeEncoder
-from fastsd.plan.rehearsal import WithoutData
+from fastsd.plan.rehearsal import WithoutData, empty_teacher
 from fastsd.run.validation import Strata
 from fastsd.train.step import Step
 from fastsd_kernels import TRITON
@@ -94,7 +94,8 @@ class StageRecorder:
         encode = not self.cached_text and bool(selected(model, stage.train, "train").get("text_encoder"))
         if encode:
             materialize(text.module, META)
-        step = Step(model, stage, 1, 0, self.micro_batch_size, cached_text=not encode)
+        teacher = empty_teacher(self.shapes, model.unet.ops, META) if stage.teacher else None
+        step = Step(model, stage, 1, 0, self.micro_batch_size, cached_text=not encode, teacher=teacher)
         # With an odd micro-batch, the int64 positions of every second micro-batch are only aligned to 8 bytes.
         count = min(stage.batch, (1 + self.micro_batch_size % 2) * self.micro_batch_size)
         positions_B = torch.empty(count, dtype=torch.int64, device=META)

@@ -21,6 +21,7 @@ from fastsd.config.keys import COLUMN, NO_EFFECT, keys_with
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import Config, StageTable, parse_config
 from fastsd.errors import UserError
+from fastsd.model.flow_schedule import is_flow
 from fastsd.model.formats.model_summary import (
     SUMMARY,
     Adapters,
@@ -38,6 +39,7 @@ from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.license import license_of
 from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, table, yaml_string
+from fastsd.run.other_programs import WEBUI_FLOW, sampling_notes
 from fastsd.run.restart import read_config
 from fastsd.run.settings import flatten, setting_text
 from fastsd.storage import copy_file, write_text
@@ -217,6 +219,7 @@ class _Card:
         self.summary, self.single, self.folded = summary, single, fold
         self.channels, self.factor = vae.get("latent_channels", 4), vae.get("scaling_factor", SD15_SCALING_FACTOR)
         self.window = text.get("max_position_embeddings", WINDOW)
+        self.scheduler, self.flow = scheduler, is_flow(scheduler)
         self.v_prediction = scheduler.get("prediction_type") == "v_prediction"
         self.zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
         self.clip_skip, self.has_samples = summary.clip_skip or 0, (folder / SAMPLES).is_file()
@@ -262,7 +265,7 @@ class _Card:
         rows = [
             ["Base model", inline(summary.base)],
             ["VAE", vae],
-            ["Prediction type", v_prediction if self.v_prediction else "epsilon"],
+            ["Prediction type", "rectified flow" if self.flow else v_prediction if self.v_prediction else "epsilon"],
             ["Text encoder", f"{text}, {skip}"],
             ["Resolution", f"{summary.resolution} px" if summary.resolution else ""],
             ["Dataset", f"{_count(summary.dataset)} images" if summary.dataset else ""],
@@ -344,7 +347,7 @@ class _Card:
         )
 
     def _diffusers(self) -> str:
-        program = card_code.draw(self.summary, self.dtype, self.window)
+        program = card_code.draw(self.summary, self.dtype, self.window, self.scheduler)
         comment = "; SDXL's VAE overflows in float16" if self.overflows else ""
         return _python(f"**Diffusers** (replace `FOLDER` with the path or Hub id of this model{comment}):", program)
 
@@ -385,13 +388,8 @@ class _Card:
             webui.append(f"Set *Clip skip* to {self.clip_skip + 1}.")
         if self.overflows:
             webui.append("If images are black, start with `--no-half-vae`, because SDXL's VAE overflows in half precision.")
-        if self.v_prediction:
-            zsnr = str(self.zero_snr).lower()
-            comfy.append(f"Add *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}, because SD1.5 defaults to epsilon.")
-            webui.append(
-                "Because SD1.5 defaults to epsilon, copy `configs/v1-inference.yaml` of A1111 next to the file as "
-                f'{code(f"{Path(file).stem}.yaml")} and add `parameterization: "v"` under `model`, `params`.'
-            )
+        comfy_notes, webui_notes = sampling_notes(self.scheduler, file)
+        comfy, webui = comfy + comfy_notes, [WEBUI_FLOW] if self.flow else webui + webui_notes
         if self.zero_snr:
             webui.append("If A1111 does not detect the noise schedule, set *Noise schedule for sampling* to Zero Terminal SNR.")
         return [*notes, f"**ComfyUI**: {' '.join(comfy)}", f"**A1111, Forge**: {' '.join(webui)}"]

@@ -137,7 +137,7 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
         stages = zip(config.stage, names, steps, strict=True)
-        warnings += [note for args in stages for note in stage_notes(*args, model.scheduler, model.prediction)]
+        warnings += [note for args in stages for note in stage_notes(*args, model.scheduler)]
         counts = [_count_parameters(config, index, model) for index in range(len(config.stage))]
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 

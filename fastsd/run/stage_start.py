@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fastsd.config.schema import ModelTable
 from fastsd.errors import UserError
+from fastsd.model.formats.adapters import load_merged
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
 from fastsd.plan.gpu_specs import gpu_of
@@ -10,7 +12,9 @@ from fastsd.plan.plan import SCRATCH, plan_stage
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
 from fastsd.terminal.texts import size_text
+from fastsd.train.flow import Teacher
 from fastsd.train.step import Step
+from fastsd_kernels import Ops
 
 _STATE_TEXT = {"reset": "reset", "carry": "carried over from the previous stage"}
 
@@ -33,7 +37,11 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
         run.console.echo(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
-    step = _create_step(run, index, _micro_batch_size(run, index, resumed=resumed))
+    teacher = load_teacher(config.model, run.ops, name) if stage.teacher else None
+    step = _create_step(run, index, _micro_batch_size(run, index, resumed=resumed), teacher)
+    if step.teacher:
+        copied = sum(tensor.nbytes for tensor in step.teacher.copied)
+        run.console.echo(f"{name}: the teacher takes {size_text(copied)} beside the weights that it shares with the model")
     if resumed or stage.state == "carry":
         step.load_state_dict(run.saving.state)
     if not resumed:
@@ -53,7 +61,23 @@ def evaluate_end(run: Run, index: int) -> None:
         step.release()
 
 
-def _create_step(run: Run, index: int, micro_batch_size: int) -> Step:
+def load_teacher(table: ModelTable, ops: Ops, stage: str) -> Teacher:
+    """Load the base of a config as the teacher of a stage. A checkpoint of the run has other weights.
+
+    Raises:
+        UserError: the base is missing, or a flow itself.
+    """
+    stored = {"prediction": "", "zero_snr": None, "flow_shift": None, "lora": None}
+    base = load_merged(table.model_copy(update=stored), ops)
+    if base.prediction == "flow":
+        raise UserError(
+            "teacher-is-flow",
+            f'stage {stage!r}: teacher is "base", but {table.base} is a flow itself, which training continues; remove teacher',
+        )
+    return Teacher(base.unet, base.scheduler)
+
+
+def _create_step(run: Run, index: int, micro_batch_size: int, teacher: Teacher | None = None) -> Step:
     config, carried = run.config, run.position.progress.carried
     cached_text = run.data.text_embeddings is not None
     args = run.model, config.stage[index], run.position.steps[index], config.seed, micro_batch_size
@@ -63,6 +87,7 @@ def _create_step(run: Run, index: int, micro_batch_size: int) -> Step:
         cached_text=cached_text,
         carried_steps=carried,
         ranks=run.ranks,
+        teacher=teacher,
         warn=run.console.warn,
     )
 

@@ -37,9 +37,11 @@ from fastsd.config.schema import ValidateTable
 from fastsd.data.loader import Loader
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.errors import UserError
+from fastsd.model.flow_schedule import timesteps_of
 from fastsd.model.model import Model
 from fastsd.terminal.console import counted
-from fastsd.train.objective import alphas_cumprod
+from fastsd.train.flow import objective_of
+from fastsd.train.objective import Objective
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels.noise import Purpose, philox
@@ -64,29 +66,44 @@ class Strata:
     purpose: Purpose
 
     @cached_property
-    def abar_T(self) -> Tensor:
-        return alphas_cumprod(self.model.scheduler)
+    def objective(self) -> Objective:
+        """The objective with plain noise, on the UNet's device, where it must be before the first use."""
+        unet = self.model.unet
+        return objective_of(self.model.scheduler, self.seed, unet.ops, device=unet.conv_in.weight.device)
+
+    @property
+    def timesteps(self) -> int:
+        """The number of the model's timesteps."""
+        return timesteps_of(self.model.scheduler)
 
     @property
     def bounds(self) -> list[int]:
         """The first timestep of each stratum, and the number of timesteps."""
-        return [stratum * len(self.abar_T) // self.count for stratum in range(self.count + 1)]
+        return [stratum * self.timesteps // self.count for stratum in range(self.count + 1)]
 
     def draw(self, identity_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a timestep and a noise position for each stratum and image, both int64 (S, B)."""
+        """Return a timestep, int64 or fp32 for a flow, and an int64 noise position for each stratum and image, both (S, B)."""
         bounds = torch.tensor(self.bounds)[:, None]
         words = philox(self.seed, self.purpose, identity_B, torch.arange(self.count)).transpose(0, 1)
-        t_SB = bounds[:-1] + (words[..., 0] * bounds.diff(dim=0) >> 32)
+        if self.model.prediction == "flow":  # its timesteps are continuous
+            t_SB = (bounds[:-1] + words[..., 0].double() * 2.0**-32 * bounds.diff(dim=0)).float()
+        else:
+            t_SB = bounds[:-1] + (words[..., 0] * bounds.diff(dim=0) >> 32)
         return t_SB, words[..., 1] << 32 | words[..., 2]
 
     def forwards(self, latents_BCHW: Tensor, text_embeds_BLD: Tensor, identity_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the UNet's output and its target, both fp32 (B, C, H, W), for each stratum. Latents are scaled."""
         unet, device = self.model.unet, latents_BCHW.device
-        tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
         for t_B, position_B in zip(*(tensor.to(device) for tensor in self.draw(identity_B)), strict=True):
-            noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
-            noisy_BCHW, target_BCHW = unet.ops.add_noise(*noise_args, prediction=self.model.prediction)
+            noisy_BCHW, _, target_BCHW = self.objective.add_noise(latents_BCHW, position_B, t_B)
             yield unet(noisy_BCHW, t_B, text_embeds_BLD).float(), target_BCHW
+
+    def start(self, latents_BCHW: Tensor, text_embeds_BLD: Tensor, identity_B: Tensor) -> Tensor:
+        """Return x_0 as a flow predicts it from pure noise, fp64 (B, C, H, W). The latents give the shape."""
+        words = philox(self.seed, self.purpose, identity_B, torch.tensor([self.count]))[:, 0].to(latents_BCHW.device)
+        t_B = torch.full((len(latents_BCHW),), float(self.timesteps), device=latents_BCHW.device)
+        eps_BCHW, _, _ = self.objective.add_noise(latents_BCHW, words[:, 1] << 32 | words[:, 2], t_B)
+        return eps_BCHW.double() - self.model.unet(eps_BCHW, t_B, text_embeds_BLD).double()
 
     def errors(self, latents_BCHW: Tensor, text_embeds_BLD: Tensor, identity_B: Tensor) -> Tensor:
         """Return the mean squared errors, fp64 (B, S)."""
@@ -111,7 +128,7 @@ class Validation:
     def __init__(self, model: Model, loader: Loader, sets: ValidationSplits, table: ValidateTable) -> None:
         self.model, self.loader, self.sets, self.table = model, loader, sets, table
         self._strata = Strata(model, table.bands * table.per_band, table.seed, Purpose.VALIDATION)
-        timesteps = len(self._strata.abar_T)
+        timesteps = self._strata.timesteps
         if self._strata.count > timesteps:
             raise UserError(
                 "validate-bands",
@@ -140,10 +157,10 @@ class Validation:
 
     def rows(self) -> list[ValidationRow]:
         """Measure the current weights. Raises UserError if the cache is damaged."""
-        return self.summary(self.errors())
+        return self.summary(self.measure())
 
     @torch.no_grad()
-    def errors(self, components: Iterable[TrainableComponent] = (), batch: int | None = None, ranks: Ranks = ALONE) -> Tensor:
+    def measure(self, components: Iterable[TrainableComponent] = (), batch: int | None = None, ranks: Ranks = ALONE) -> Tensor:
         """Measure the current weights. If some of `components` have an EMA, measure again with the EMA weights in their place.
 
         Args:
@@ -151,56 +168,75 @@ class Validation:
             ranks: the ranks that share the forwards.
 
         Returns:
-            The mean squared errors, fp64 (kinds of weights, images of all sets, S). Those that other ranks measure are 0, so
-            the sum over all ranks is exact.
+            The values of each image, fp64 (kinds of weights, images of all sets, V), for `summary`. Those that other ranks
+            measure are 0, so the sum over all ranks is exact.
 
         Raises:
             UserError: the cache is damaged.
         """
         size = batch or self.table.batch
-        errors = [self._measure(size, ranks)]
+        values = [self._measure(size, ranks)]
         averaged = [component for component in components if component.ema is not None]
         if averaged:
             with ExitStack() as stack:
                 for component in averaged:
                     stack.enter_context(component.averaged())
-                errors.append(self._measure(size, ranks))
-        return torch.stack(errors)
+                values.append(self._measure(size, ranks))
+        return torch.stack(values)
 
     def _measure(self, size: int, ranks: Ranks) -> Tensor:
-        errors = []
+        values = []
+        flow, channels = self.model.prediction == "flow", self.model.unet.cfg.in_channels
         for name, batches in self._batches.items():
             forwards = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
-            errors_nS = torch.zeros(sum(map(len, batches)), self._strata.count, dtype=torch.float64)
-            parts = errors_nS.split([len(samples) for samples in forwards])
+            values_nV = torch.zeros(sum(map(len, batches)), self._strata.count + 4 * channels * flow, dtype=torch.float64)
+            parts = values_nV.split([len(samples) for samples in forwards])
             for i in counted(f"validating {name.replace('_', '-')}", range(ranks.rank, len(forwards), ranks.world), "batches"):
-                parts[i].copy_(self._errors(forwards[i]))
-            errors.append(errors_nS)
-        return torch.cat(errors)
+                parts[i].copy_(self._values(forwards[i]))
+            values.append(values_nV)
+        return torch.cat(values)
 
-    def summary(self, errors_WnS: Tensor) -> list[ValidationRow]:
-        """Return the rows of all sets for the results of `errors`, W kinds of weights."""
-        rows = []
-        for weights, errors_nS in zip(("raw", "ema"), errors_WnS, strict=False):
+    def summary(self, values_WnV: Tensor) -> list[ValidationRow]:
+        """Return the rows of all sets for the results of `measure`, W kinds of weights."""
+        rows, strata = [], self._strata.count
+        for weights, values_nV in zip(("raw", "ema"), values_WnV, strict=False):
             sizes = [sum(map(len, batches)) for batches in self._batches.values()]
-            for (name, batches), errors in zip(self._batches.items(), errors_nS.split(sizes), strict=True):
-                per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors.tolist()]
-                metrics = aggregate(errors.tolist(), self._strata.bounds, self.table.per_band)
-                rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})
+            for (name, batches), values in zip(self._batches.items(), values_nV.split(sizes), strict=True):
+                errors_nS, moments_nM = values[:, :strata].tolist(), values[:, strata:]
+                per_image = [math.fsum(errors_S) / strata for errors_S in errors_nS]
+                metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
+                start = {"start": _start(moments_nM)} if self.model.prediction == "flow" else {}
+                rows.append(
+                    {"set": name, "weights": weights, **metrics, **start, "items": self._hash(batches), "each": per_image}
+                )
         return rows
+
+    def _inputs(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the scaled latents and the text embeddings of a batch."""
+        model, device = self.model, self.model.unet.conv_in.weight.device
+        raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
+        text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
+        return model.vae.scale(raw_BCHW.float()), text_embeds_BLD
 
     def _hash(self, batches: Sequence[np.ndarray]) -> str:
         """Hash the timesteps and noise positions of all samples in order. They depend on the samples, so the hash does too."""
         arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._strata.draw(self._identities(batch))]
         return xxhash.xxh3_64_hexdigest(b"".join(arrays))
 
-    def _errors(self, samples: np.ndarray) -> Tensor:
-        """Return the mean squared errors of a batch at each stratum's timestep, fp64 (B, S)."""
-        model, device = self.model, self.model.unet.conv_in.weight.device
-        raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
-        latents_BCHW = model.vae.scale(raw_BCHW.float())
-        text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
-        return self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples))
+    def _values(self, samples: np.ndarray) -> Tensor:
+        """Return what is measured of each image of a batch, fp64 (B, V).
+
+        The first S values are the mean squared errors at each stratum's timestep. With a flow, 4 C follow: mean and mean
+        square by channel, of x_0 predicted from pure noise and of the image's latents.  A flow that predicts grey for all
+        captions has the right loss at most timesteps, and all samples start there.
+        """
+        latents_BCHW, text_embeds_BLD = self._inputs(samples)
+        errors_BS = self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples))
+        if self.model.prediction != "flow":
+            return errors_BS
+        x_0_BCHW = self._strata.start(latents_BCHW, text_embeds_BLD, self._identities(samples))
+        tensors = [f(x.double()) for x in (x_0_BCHW, latents_BCHW) for f in (Tensor.clone, Tensor.square)]
+        return torch.cat([errors_BS, *(x.mean((2, 3)).to(errors_BS.device) for x in tensors)], dim=1)
 
     def _identities(self, samples: np.ndarray) -> Tensor:
         return torch.tensor([self.sets.identity[sample] for sample in samples.tolist()])
@@ -233,6 +269,25 @@ def _mean_and_standard_error(errors: Sequence[Sequence[float]]) -> tuple[float, 
     means = [math.fsum(image_errors) / len(image_errors) for image_errors in errors]
     mean = math.fsum(means) / n
     return mean, math.sqrt(math.fsum((image_mean - mean) ** 2 for image_mean in means) / max(n - 1, 1) / n)
+
+
+def _start(moments_nM: Tensor) -> dict[str, list[float]]:
+    """Return mean and deviation of each channel, of x_0 predicted from pure noise and of the same images' latents.
+
+    Args:
+        moments_nM: of each image, mean and mean square by channel, predicted and of the data: M = 4 C.
+    """
+    sums = torch.tensor([math.fsum(values) / len(moments_nM) for values in moments_nM.T.tolist()], dtype=torch.float64)
+    mean_C, square_C, data_mean_C, data_square_C = sums.chunk(4)
+    deviation_C, data_deviation_C = (
+        (square - mean**2).clamp(min=0).sqrt() for mean, square in ((mean_C, square_C), (data_mean_C, data_square_C))
+    )
+    return {
+        "mean": mean_C.tolist(),
+        "deviation": deviation_C.tolist(),
+        "data_mean": data_mean_C.tolist(),
+        "data_deviation": data_deviation_C.tolist(),
+    }
 
 
 def format_line(rows: Sequence[ValidationRow]) -> str:

@@ -20,7 +20,7 @@ from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
 from fastsd.sampling.prompts import ImageSettings, batches_of
-from fastsd.sampling.samplers import begin_at, make_sampler, step_lengths
+from fastsd.sampling.samplers import add_noise, begin_at, class_of, make_sampler, step_lengths
 from fastsd.terminal.console import counted, work
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
@@ -86,6 +86,7 @@ def draw_share(
     Ranks share UNet calls, not the images of one: a smaller call would round otherwise.
     """
     check_images(model, images)
+    class_of(table.sampler, model.scheduler)
     drawn: dict[int, Image.Image] = {}
     downscale, device = model.vae.downscale, model.unet.conv_in.weight.device
     share = batches_of(images, batch)[ranks.rank :: ranks.world]
@@ -153,17 +154,17 @@ def denoise(
     text_embeds_BLD = model.text.encode(token_ids_BL.to(model.text.device)).to(device)
     scheduler = make_sampler(table.sampler, model.scheduler, table.steps, device)
     if latents_BCHW is None:
-        x_BCHW = eps_BCHW * scheduler.init_noise_sigma
+        x_BCHW = eps_BCHW * getattr(scheduler, "init_noise_sigma", 1.0)  # schedulers of flows only have none
     else:
         begin_at(scheduler, start)
-        x_BCHW = scheduler.add_noise(latents_BCHW, eps_BCHW, scheduler.timesteps[:1].expand(count))
+        x_BCHW = add_noise(scheduler, latents_BCHW, eps_BCHW)
 
     # Stochastic samplers draw additional noise from a separate generator per image, which reads 32 bits of its seed.
     generators = [torch.Generator().manual_seed(seed ^ seed >> 32) for seed in seeds]
     step_options = {} if table.sampler == "dpm++" else {"generator": generators}
     lengths = step_lengths(scheduler)
     for i, t in enumerate(counted("denoising", scheduler.timesteps, "steps")):
-        x_in = scheduler.scale_model_input(x_BCHW, t)
+        x_in = scheduler.scale_model_input(x_BCHW, t) if hasattr(scheduler, "scale_model_input") else x_BCHW
         t_B = t.to(device).expand(len(text_embeds_BLD))
         prediction = model.unet(torch.cat([x_in, x_in]) if guided else x_in, t_B, text_embeds_BLD).float()
         if guided:

@@ -14,6 +14,7 @@ from fastsd.config.schema import Config, SampleTable
 from fastsd.model.model import Model
 from fastsd.sampling.generate import BATCH, check_images, draw
 from fastsd.sampling.prompts import ImageSettings, images_of
+from fastsd.sampling.samplers import class_of
 from fastsd.storage import new_file
 
 GRID_CHUNK = "fastsd"  # key of the PNG text chunk that describes a grid
@@ -22,6 +23,8 @@ GRID_CHUNK = "fastsd"  # key of the PNG text chunk that describes a grid
 def check_samples(model: Model, config: Config) -> str:
     """Return a description of the config's sample grid. Raises UserError if the model cannot draw it."""
     images = images_of(config.sample, config.data.resolution)
+    if images:
+        class_of(config.sample.sampler, model.scheduler)
     check_images(model, images)
     sizes = {f"{image.width} x {image.height}" if image.width != image.height else str(image.width): None for image in images}
     sizes = sizes or {str(config.sample.size or config.data.resolution): None}

@@ -46,10 +46,10 @@ class Objective:
         seed: seed of noise and timesteps.
         ops: the implementation that draws the noise.
         stage: provides loss, weighting, noise and timesteps; None = plain noise, uniform timesteps, unweighted mean square.
-        prediction: "epsilon" or "v_prediction".
+        prediction: "epsilon" or "v_prediction".  `FlowObjective` is that of a flow, and `objective_of` chooses.
 
     Raises:
-        UserError: `timestep_range` exceeds the timesteps of the noise schedule.
+        UserError: `timestep_range` exceeds the timesteps of the noise schedule, or a key is only for flows.
     """
 
     def __init__(
@@ -60,12 +60,15 @@ class Objective:
         stage: StageTable | None = None,
         prediction: str = "epsilon",
     ) -> None:
-        self.stage = stage or StageTable(train=["unet"], until=1)
+        self._begin(stage or StageTable(train=["unet"], until=1), seed, ops, prediction, len(alphas_cumprod))
+        _refuse_keys_of_flows(self.stage, prediction)
         self.signal, self.level = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        self.seed, self.ops, self.prediction = seed, ops, prediction
-        self.first, self.end = _timestep_range(self.stage, len(alphas_cumprod))
-        self.noise_sampler = NoiseSampler(self.stage, seed, ops)
         self.weights_T = timestep_weights(self.stage, alphas_cumprod, prediction)
+
+    def _begin(self, stage: StageTable, seed: int, ops: Ops, prediction: str, timesteps: int) -> None:
+        self.stage, self.seed, self.ops, self.prediction = stage, seed, ops, prediction
+        self.first, self.end = _timestep_range(self.stage, timesteps)
+        self.noise_sampler = NoiseSampler(self.stage, seed, ops)
         huber = partial(F.huber_loss, delta=self.stage.huber_delta)
         pseudo_huber = partial(_pseudo_huber, delta=self.stage.huber_delta)
         distances: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": huber}
@@ -79,34 +82,49 @@ class Objective:
         2024, "Scaling rectified flow transformers", section 3.1, where 1 also means pure noise), or is "cubic": 1 - u^3, which
         favours noisy timesteps (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
         """
-        stage, count = self.stage, self.end - self.first
-        draw = self.seed, noise.Purpose.TIMESTEP, positions_B
-        if stage.timesteps == "uniform":
-            return self.first + noise.integers(*draw, count)
-        if stage.timesteps == "cubic":
-            fraction_B = 1 - noise.uniform(*draw)[:, 0] ** 3
-        else:
-            fraction_B = torch.sigmoid(stage.timestep_mean + stage.timestep_std * noise.normal(*draw, (1,))[:, 0].double())
-        return self.first + (fraction_B * count).long().clamp(max=count - 1)  # a fraction may round to 1
+        count = self.end - self.first
+        if self.stage.timesteps == "uniform":
+            return self.first + noise.integers(self.seed, noise.Purpose.TIMESTEP, positions_B, count)
+        # A fraction may round to 1.
+        return self.first + (self._fractions(positions_B) * count).long().clamp(max=count - 1)
+
+    def _fractions(self, positions_B: Tensor) -> Tensor:
+        """Draw a fraction of the timestep range for each sample position, fp64 (B,) in [0, 1]."""
+        stage, draw = self.stage, (self.seed, noise.Purpose.TIMESTEP, positions_B)
+        if stage.timesteps == "logit_normal":
+            return torch.sigmoid(stage.timestep_mean + stage.timestep_std * noise.normal(*draw, (1,))[:, 0].double())
+        uniform_B = noise.uniform(*draw)[:, 0]
+        return uniform_B if stage.timesteps == "uniform" else 1 - uniform_B**3
+
+    def _levels(self, t_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the index of each image in the tables of the signal and of the noise level, int64 (B,), and the two tables."""
+        return t_B, self.signal, self.level
+
+    def _weights(self, t_B: Tensor) -> Tensor | None:
+        """Return the loss weight of each image's timestep, fp32 (B,), or None if the weights are equal."""
+        return None if self.weights_T is None else self.weights_T[t_B]
 
     def add_noise(self, latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Add noise to scaled latents at their sample positions. Return (x_t fp32, t int64 (B,), target fp32).
+        """Add noise to scaled latents at their sample positions. Return (x_t fp32, t (B,), target fp32).
 
         Args:
             t_B: what `timesteps` returned for the positions, on the device of the latents; None = draw it here.
         """
         t_B = self.timesteps(positions_B) if t_B is None else t_B
-        tables = self.signal, self.level
+        index_B, signal_T, level_T = self._levels(t_B)
         if self.noise_sampler.plain:
-            args = latents_BCHW, positions_B, t_B, *tables, self.seed
+            args = latents_BCHW, positions_B, index_B, signal_T, level_T, self.seed
             x_BCHW, target_BCHW = self.ops.add_noise(*args, prediction=self.prediction)
             return x_BCHW, t_B, target_BCHW
 
         latents_BCHW = latents_BCHW.float()
         eps_BCHW, input_BCHW = self.noise_sampler(latents_BCHW, positions_B)
-        signal, level = (table_T[t_B][:, None, None, None] for table_T in tables)
-        predicts_velocity = self.prediction == "v_prediction"
-        target_BCHW = signal * eps_BCHW - level * latents_BCHW if predicts_velocity else eps_BCHW
+        signal, level = (table_T[index_B][:, None, None, None] for table_T in (signal_T, level_T))
+        target_BCHW = eps_BCHW
+        if self.prediction == "v_prediction":
+            target_BCHW = signal * eps_BCHW - level * latents_BCHW
+        elif self.prediction == "flow":
+            target_BCHW = eps_BCHW - latents_BCHW
         return signal * latents_BCHW + level * input_BCHW, t_B, target_BCHW
 
     def loss(
@@ -127,15 +145,16 @@ class Objective:
                 with a small mask would count as much as an image without a mask.
         """
         prediction_BCHW = prediction_BCHW.float()
-        if self.weights_T is None and weight_B is None and mask_B1HW is None:
+        weights_B = self._weights(t_B)
+        if weights_B is None and weight_B is None and mask_B1HW is None:
             return self._distance(prediction_BCHW, target_BCHW)
         error_BCHW = self._distance(prediction_BCHW, target_BCHW, reduction="none")
         if mask_B1HW is not None:
             unmasked_weight = self.stage.unmasked_weight
             error_BCHW = error_BCHW * (unmasked_weight + (1 - unmasked_weight) * mask_B1HW.float())
         loss_B = error_BCHW.flatten(1).mean(1)
-        if self.weights_T is not None:
-            loss_B = loss_B * self.weights_T[t_B]
+        if weights_B is not None:
+            loss_B = loss_B * weights_B
         if weight_B is not None:
             loss_B = loss_B * weight_B.float()
         return loss_B.mean()
@@ -178,12 +197,8 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
     abar_T = alphas_cumprod.double()
     snr_T = abar_T / (1 - abar_T).clamp(min=2.0**-24)  # finite where abar rounds to 1
     denominator_T = snr_T + 1 if prediction == "v_prediction" else snr_T
-    if stage.weighting == "min_snr":
-        weight_T = snr_T.clamp(max=stage.weighting_gamma or 5.0) / denominator_T
-    elif stage.weighting_form == "paper" and stage.weighting == "debiased":
-        weight_T = snr_T.sqrt() / denominator_T
-    elif stage.weighting_form == "paper":
-        weight_T = snr_T / (1 + snr_T) ** (stage.weighting_gamma or 1.0) / denominator_T
+    if stage.weighting == "min_snr" or stage.weighting_form == "paper":
+        weight_T = paper_weights(stage, snr_T) / denominator_T
     elif stage.weighting == "p2":
         weight_T = 1 / (1 + denominator_T) ** (stage.weighting_gamma or 1.0)
     else:
@@ -192,16 +207,38 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
     return weight_T.clamp(min=stage.weighting_min).float()
 
 
+def paper_weights(stage: StageTable, snr: Tensor) -> Tensor:
+    """Compute the weights of the papers for the loss in x_0 (see `timestep_weights`)."""
+    if stage.weighting == "min_snr":
+        return snr.clamp(max=stage.weighting_gamma or 5.0)
+    return snr.sqrt() if stage.weighting == "debiased" else snr / (1 + snr) ** (stage.weighting_gamma or 1.0)
+
+
+def place_of(stage: StageTable) -> str:
+    """Return the beginning of a message about a stage."""
+    return f"stage {stage.name!r}: " if stage.name else "stage: "
+
+
+def _refuse_keys_of_flows(stage: StageTable, prediction: str) -> None:
+    """Raise UserError if a stage sets a key that only flows have."""
+    keys = {"timestep_shift": f"timestep_shift is {stage.timestep_shift:g}", "teacher": f"teacher is {stage.teacher!r}"}
+    for key, text in keys.items():
+        if getattr(stage, key) != StageTable.model_fields[key].default:
+            raise UserError(
+                "stage-needs-flow",
+                f'{place_of(stage)}{text}, but the model predicts {prediction}; set model.prediction = "flow", or remove {key}',
+            )
+
+
 def _timestep_range(stage: StageTable, timesteps: int) -> tuple[int, int]:
     """Return the first timestep of the stage, and the end, which is excluded."""
     if stage.timestep_range == ALL_TIMESTEPS:  # the default means all timesteps of the model
         return 0, timesteps
     first, end = stage.timestep_range
     if end > timesteps:
-        prefix = f"stage {stage.name!r}: " if stage.name else "stage: "
         raise UserError(
             "timestep-range",
-            f"{prefix}timestep_range is {[first, end]}, but the model's noise schedule has {timesteps} timesteps; "
+            f"{place_of(stage)}timestep_range is {[first, end]}, but the model's noise schedule has {timesteps} timesteps; "
             f"use [{min(first, timesteps - 1)}, {timesteps}]",
         )
     return first, end

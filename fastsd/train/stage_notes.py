@@ -7,23 +7,23 @@ import math
 import torch
 
 from fastsd.config.stages import ENDLESS, StageTable
-from fastsd.train.objective import Objective, alphas_cumprod
+from fastsd.train.flow import objective_of
 
 LARGEST_SHARE = 0.05  # of the starting weights in an EMA
 
 
-def stage_notes(stage: StageTable, name: str, steps: int, scheduler: dict[str, object], prediction: str) -> list[str]:
+def stage_notes(stage: StageTable, name: str, steps: int, scheduler: dict[str, object]) -> list[str]:
     """Return a sentence for each such setting.
 
     Args:
         name: the stage's name for messages.
         steps: its length in steps, `ENDLESS` if that is a time.
-        scheduler, prediction: the model's scheduler config and prediction type.
+        scheduler: the model's scheduler config.
 
     Raises:
-        UserError: as `Objective`.
+        UserError: as `objective_of`.
     """
-    notes = [_ema_note(stage, steps), _weighting_note(stage, scheduler, prediction), _dlion_note(stage), _dropout_note(stage)]
+    notes = [_ema_note(stage, steps), _weighting_note(stage, scheduler), _dlion_note(stage), _dropout_note(stage)]
     return [f"stage {name!r}: {note}" for note in notes if note]
 
 
@@ -49,12 +49,16 @@ def _ema_note(stage: StageTable, steps: int) -> str:
     )
 
 
-def _weighting_note(stage: StageTable, scheduler: dict[str, object], prediction: str) -> str:
-    abar_T = alphas_cumprod(scheduler)
-    objective = Objective(abar_T, 0, stage=stage, prediction=prediction)
-    if objective.weights_T is None or prediction != "v_prediction":
+def _weighting_note(stage: StageTable, scheduler: dict[str, object]) -> str:
+    objective = objective_of(scheduler, 0, stage=stage)
+    if objective.prediction == "flow" and stage.weighting != "none" and not stage.weighting_min:
+        return (
+            f"weighting is {stage.weighting!r}, whose weights for a flow fall to 0 towards pure noise, from which sampling "
+            'starts; set weighting_min = 0.1, or weighting = "none"'
+        )
+    if objective.prediction != "v_prediction" or objective.weights_T is None:
         return ""
-    last = len(abar_T) - 1
+    last = len(objective.weights_T) - 1
     if objective.weights_T[last] == 0 and objective.end > last:
         return (
             f"weighting is {stage.weighting!r}, whose weight is 0 at timestep {last}, so the pure noise from which sampling "

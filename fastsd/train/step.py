@@ -25,9 +25,9 @@ from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
 from fastsd.train.checksums import bit_sum
+from fastsd.train.flow import Teacher, objective_of
 from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.graph import Graphs
-from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
 from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
 from fastsd.train.schedule import ema_decay, learning_rate
@@ -86,6 +86,7 @@ class Step:
         cached_text: True if batches contain text embeddings. The step then does not use the text encoder.
         carried_steps: number of steps in earlier stages whose optimizer state and EMA this stage continues.
         ranks: the ranks that share each batch. Batches contain this rank's images only.
+        teacher: the base's flow. A stage with a teacher cannot train without it.
         warn: called with a line of text to warn the user.
 
     Attributes:
@@ -109,6 +110,7 @@ class Step:
         cached_text: bool = False,
         carried_steps: int = 0,
         ranks: Ranks = ALONE,
+        teacher: Teacher | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.model, self.stage, self.total, self.carried_steps, self.warn = model, stage, total, carried_steps, warn
@@ -125,8 +127,10 @@ class Step:
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
         self.frozen = torch.zeros((), dtype=torch.bool, device=self.device)
         self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in self.trained}
-        abar_T = alphas_cumprod(model.scheduler).to(self.device)
-        self.objective = Objective(abar_T, seed, self.ops, stage, model.prediction)
+        self.objective = objective_of(model.scheduler, seed, self.ops, stage, self.device)
+        self.teacher = teacher
+        if teacher:
+            teacher.share(self.components["unet"])
         self.skipped = torch.zeros((), device=self.device)
         self.canary_errors = torch.zeros((), dtype=torch.int64, device=self.device)
         self._arenas = [component.gradients for component in self.components.values() if component.gradients]
@@ -150,6 +154,7 @@ class Step:
         assert (batch.text_embeds_BLD is None) == ("text_encoder" in self.components)
         for component in self.components.values():
             component.drop_collected()
+        assert self.teacher is not None or not self.stage.teacher
         run = self._compute if self._graphs is None else partial(self._graphs, self._compute)
         while True:
             self._weights_touched = False
@@ -268,6 +273,8 @@ class Step:
                 with torch.set_grad_enabled("text_encoder" in self.optimizers):
                     text_embeds = self.model.text.encode(images.token_ids_BL)
             mask_B1HW = None if images.mask_B1HW is None else images.mask_B1HW / 255
+            if self.teacher and text_embeds is not None:
+                target = torch.lerp(target, self.teacher(noisy, t_B, text_embeds), self.stage.teacher_share)
             prediction = self.model.unet(noisy, t_B, text_embeds)
             loss = self.objective.loss(prediction, target, t_B, images.weight_B, mask_B1HW) * (len(latents) / count)
             if self._fused:
@@ -419,6 +426,7 @@ class Step:
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by role."""
         tensors_by_role: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
+        tensors_by_role["teacher"] = self.teacher.copied if self.teacher else []
         for component in self.components.values():
             for role, tensors in component.tensors_by_role().items():
                 tensors_by_role[role] += tensors

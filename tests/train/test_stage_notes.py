@@ -95,7 +95,7 @@ def test_notes_on_settings_that_are_often_not_meant(settings, kind, steps, expec
     velocity = {} if kind == "epsilon" else {"prediction_type": "v_prediction", "rescale_betas_zero_snr": kind == "zero"}
     scheduler = SD15_SCHEDULER | velocity
     stage = stage_of(**{"caption_dropout": 0.1} | settings)
-    notes = stage_notes(stage, "a", steps, scheduler, scheduler["prediction_type"])
+    notes = stage_notes(stage, "a", steps, scheduler)
     assert notes == ([expected] if expected else [])
 
 

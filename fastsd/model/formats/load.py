@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsd.config.schema import ModelTable
 from fastsd.errors import UserError
+from fastsd.model.flow_schedule import flow_scheduler, is_flow
 from fastsd.model.formats.model_source import ComponentFiles, find_tokenizer, locate, open_file, read_component, read_scheduler
 from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.formats.write import write_component as write_tensors
@@ -84,7 +85,7 @@ def table_of(base: str, config: ModelTable) -> ModelTable:
     """
     revision = config.revision if base == config.base else ""
     changes: dict[str, Any] = {"base": base, "revision": revision, "vae": "", "tokenizer": ""}
-    stored: dict[str, Any] = {"prediction": "", "zero_snr": None, "vae_scaling_factor": None}
+    stored: dict[str, Any] = {"prediction": "", "zero_snr": None, "vae_scaling_factor": None, "flow_shift": None}
     path = Path(base).expanduser()
     if path.is_file():
         changes["tokenizer"] = config.tokenizer or ("" if Path(config.base).expanduser().is_file() else config.base)
@@ -194,11 +195,16 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     """Return the base model's scheduler config, updated with the settings in `table`, and notes for the user."""
     notes = list[str]()
     config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
+    if is_flow(config) or table.prediction == "flow":
+        return _flow_scheduler(config, table)
+    if table.flow_shift is not None:
+        raise UserError(
+            "flow-shift-without-flow",
+            f'model.flow_shift is set, but {table.base} is not a flow; set model.prediction = "flow", or remove flow_shift',
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(
-            "scheduler-prediction", f"{base}: prediction_type is {prediction!r}; use a base model with epsilon or v_prediction"
-        )
+        raise _other_prediction(base, prediction)
 
     if table.prediction and table.prediction != prediction:
         config["prediction_type"] = table.prediction
@@ -216,6 +222,32 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
             'model.prediction = "v_prediction" or model.zero_snr = false',
         )
     return usable_scheduler(config), notes
+
+
+def _flow_scheduler(config: dict[str, Any], table: ModelTable) -> tuple[dict[str, Any], list[str]]:
+    """Return the scheduler config of a flow, which the base is or is to become, and notes for the user."""
+    if is_flow(config) and (table.prediction not in ("", "flow") or table.zero_snr is not None):
+        key = "zero_snr" if table.zero_snr is not None else "prediction"
+        raise UserError(
+            "base-is-flow", f"model.{key} is set, but {table.base} is a flow, which has no noise schedule; remove {key}"
+        )
+    if is_flow(config):
+        return flow_scheduler(config, table.flow_shift), []
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise _other_prediction(table.base, prediction)
+    note = (
+        f'model.prediction is "flow", but the base was trained for {prediction}: the UNet has to adapt; a first stage with '
+        'teacher = "base" teaches it the flow that the base already knows'
+    )
+    return flow_scheduler(config, table.flow_shift), [note]
+
+
+def _other_prediction(base: object, prediction: object) -> UserError:
+    return UserError(
+        "scheduler-prediction",
+        f"{base}: prediction_type is {prediction!r}; use a base model with epsilon, v_prediction or flow_prediction",
+    )
 
 
 def component_state_dict(model: Model, component: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastsd.config.schema import Chunks, Cut
+from fastsd.model.flow_schedule import FLOW
 
 SUMMARY = "fastsd.json"
 PREFIX = "fastsd."
@@ -166,7 +167,7 @@ def metadata_of(
     encoder_layer = "" if info.clip_skip is None else str(info.clip_skip + 1)  # other tools count from 1
     architecture = "stable-diffusion-v1/lora" if lora else "stable-diffusion-v1"
     implementation = "diffusers" if lora else "https://github.com/Stability-AI/generative-models"
-    prediction = "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
+    prediction = {"v_prediction": "v", FLOW: "flow"}.get(scheduler.get("prediction_type", ""), "epsilon")
 
     spec = {"sai_model_spec": "1.0.0", "architecture": architecture, "implementation": implementation, "title": title}
     spec |= {"date": info.date, "author": info.author, "license": info.license, "resolution": f"{resolution}x{resolution}"}

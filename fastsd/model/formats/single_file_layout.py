@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsd.errors import UserError
+from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.formats.original_names import EMA, PREFIX, current_vae_name, ema_name, original_names
 from fastsd.model.model import SD15_SCHEDULER
 from fastsd.model.unet import UNetConfig
@@ -148,6 +149,8 @@ def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict
     """Return the scheduler_config.json of a file, with SD1.5's values for the settings that the file does not have."""
     if stored := configs(path, metadata).get("scheduler"):
         return stored
+    if metadata.get("modelspec.prediction_type") == "flow":
+        return flow_scheduler(SD15_SCHEDULER)
     settings = dict(SD15_SCHEDULER)
     if V_PREDICTION in tensors or metadata.get("modelspec.prediction_type") == "v":
         settings["prediction_type"] = "v_prediction"
