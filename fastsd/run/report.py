@@ -30,6 +30,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fastsd.config.schema import LogTable
+from fastsd.run.flow_start import colour_warning
 from fastsd.run.folder import LogRow, read_rows
 from fastsd.run.live_line import charts, live_line
 from fastsd.run.sinks import Sink, open_sinks
@@ -147,6 +148,8 @@ class TrainReport:
         self._append(self.validations, *rows)
         self._send(lambda sink: sink.scalars(scalars, step))
         self.console.echo(f"validation at step {step}: {format_line(rows)}")
+        if step and "start" in rows[0] and (warning := colour_warning(rows[0]["start"])):
+            self.console.warn(f"validation at step {step}: {warning}")
 
     def has_validation(self, step: int, count: int) -> bool:
         """Return True if `count` rows were measured after a step. If a kill has left fewer, remove them."""

@@ -39,6 +39,7 @@ from fastsd.data.validation_split import ValidationSplits
 from fastsd.errors import UserError
 from fastsd.model.flow_schedule import timesteps_of
 from fastsd.model.model import Model
+from fastsd.run.flow_start import compared, moments, start_text
 from fastsd.terminal.console import counted
 from fastsd.train.flow import objective_of
 from fastsd.train.objective import Objective
@@ -46,6 +47,7 @@ from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels.noise import Purpose, philox
 
+# For a flow also {"start": see `flow_start.compared`}.
 # {"set", "weights", "loss", "se", "bands": [[first timestep, last + 1, loss, se], ...], "items": hash, "each": [m_i, ...]}
 ValidationRow = dict[str, Any]
 
@@ -205,7 +207,11 @@ class Validation:
                 errors_nS, moments_nM = values[:, :strata].tolist(), values[:, strata:]
                 per_image = [math.fsum(errors_S) / strata for errors_S in errors_nS]
                 metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
-                start = {"start": _start(moments_nM)} if self.model.prediction == "flow" else {}
+                start = (
+                    {"start": compared(*moments_nM.unflatten(1, (2, 2, -1)).transpose(0, 1).tolist())}
+                    if moments_nM.numel()
+                    else {}
+                )
                 rows.append(
                     {"set": name, "weights": weights, **metrics, **start, "items": self._hash(batches), "each": per_image}
                 )
@@ -235,8 +241,7 @@ class Validation:
         if self.model.prediction != "flow":
             return errors_BS
         x_0_BCHW = self._strata.start(latents_BCHW, text_embeds_BLD, self._identities(samples))
-        tensors = [f(x.double()) for x in (x_0_BCHW, latents_BCHW) for f in (Tensor.clone, Tensor.square)]
-        return torch.cat([errors_BS, *(x.mean((2, 3)).to(errors_BS.device) for x in tensors)], dim=1)
+        return torch.cat([errors_BS, *(moments(x_BCHW.double()).flatten(1) for x_BCHW in (x_0_BCHW, latents_BCHW))], dim=1)
 
     def _identities(self, samples: np.ndarray) -> Tensor:
         return torch.tensor([self.sets.identity[sample] for sample in samples.tolist()])
@@ -271,29 +276,11 @@ def _mean_and_standard_error(errors: Sequence[Sequence[float]]) -> tuple[float, 
     return mean, math.sqrt(math.fsum((image_mean - mean) ** 2 for image_mean in means) / max(n - 1, 1) / n)
 
 
-def _start(moments_nM: Tensor) -> dict[str, list[float]]:
-    """Return mean and deviation of each channel, of x_0 predicted from pure noise and of the same images' latents.
-
-    Args:
-        moments_nM: of each image, mean and mean square by channel, predicted and of the data: M = 4 C.
-    """
-    sums = torch.tensor([math.fsum(values) / len(moments_nM) for values in moments_nM.T.tolist()], dtype=torch.float64)
-    mean_C, square_C, data_mean_C, data_square_C = sums.chunk(4)
-    deviation_C, data_deviation_C = (
-        (square - mean**2).clamp(min=0).sqrt() for mean, square in ((mean_C, square_C), (data_mean_C, data_square_C))
-    )
-    return {
-        "mean": mean_C.tolist(),
-        "deviation": deviation_C.tolist(),
-        "data_mean": data_mean_C.tolist(),
-        "data_deviation": data_deviation_C.tolist(),
-    }
-
-
 def format_line(rows: Sequence[ValidationRow]) -> str:
     """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020; t 0000-0199 0.3100, ...", with the first row's bands."""
     losses = ", ".join(f"{_title(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
-    return f"{losses}; t {', '.join(f'{band_label(*band[:2])} {band[2]:.4f}' for band in rows[0]['bands'])}"
+    start = f"; {start_text(rows[0]['start'])}" if "start" in rows[0] else ""
+    return f"{losses}; t {', '.join(f'{band_label(*band[:2])} {band[2]:.4f}' for band in rows[0]['bands'])}{start}"
 
 
 def band_label(first: int, end: int) -> str:
@@ -307,7 +294,9 @@ def format_table(rows: Sequence[ValidationRow]) -> str:
     for bands in zip(*(row["bands"] for row in rows), strict=True):
         lines.append([band_label(*bands[0][:2]), *(f"{loss:.4f} ± {se:.4f}" for _, _, loss, se in bands)])
     lines.append(["all", *(f"{row['loss']:.4f} ± {row['se']:.4f}" for row in rows)])
-    return "\n".join("".join(cell.ljust(18) for cell in line).rstrip() for line in lines)
+    table = "\n".join("".join(cell.ljust(18) for cell in line).rstrip() for line in lines)
+    starts = [f"{_title(row)}: {start_text(row['start'])}" for row in rows if "start" in row]
+    return "\n".join([table, *starts])
 
 
 def _title(row: ValidationRow) -> str:
