@@ -7,6 +7,7 @@ from io import StringIO
 import pytest
 import torch
 from commandline import fastsd
+from model_files import edit_json, spoil
 from safetensors.torch import load_file, save_file
 from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae, write_images
@@ -143,6 +144,8 @@ def test_bad_input_gets_one_sentence(tmp_path, tiny_model, vaes, images, monkeyp
     assert_refused("swap-downscale", tiny_model, vaes / "finer", out, "--images", images, downscale=1)
     for folder in (tmp_path / "none", tmp_path / "empty"):
         assert_refused("swap-images", tiny_model, other, out, "--images", folder, problem=f"--images: {folder}")
+    flow = edit_json("scheduler/scheduler_config.json", prediction_type="flow_prediction")
+    assert_refused("align-flow", spoil(tiny_model, tmp_path / "flow", flow), other, out, "--images", images)
     assert_refused("swap-unknown-fit", tiny_model, other, out, "--fit", "best", fit="'best'")
     assert_refused("swap-fit-needs-images", tiny_model, other, out, "--fit", "kernel", fit="'kernel'")
     with_images = (tiny_model, other, out, "--images", images)

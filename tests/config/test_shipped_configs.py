@@ -17,7 +17,7 @@ from fastsd.commands.long_clip import long_clip
 from fastsd.commands.redraw import redraw
 from fastsd.compare.compare import compare
 from fastsd.compare.sweep import sweep
-from fastsd.config.schema import load_config
+from fastsd.config.schema import ModelTable, load_config
 from fastsd.demo.demo import MODELS
 from fastsd.demo.world import write_dataset
 from fastsd.model.formats.load import load_model
@@ -160,6 +160,16 @@ def test_fine_tuning_against_lora(world):
     assert costs[0]["file_bytes"] > 20 * costs[1]["file_bytes"] == 20 * (lora / "lora.safetensors").stat().st_size
     assert (full / "model-ema").is_dir() and (lora / "model").is_dir()
     world.report("finetune-lora", full, lora)
+
+
+def test_flow(world):
+    """The first stage learns from the base, the second from images, and the export is a flow."""
+    run = world.train("flow")
+    learned, trained = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in stage_ends(run))
+    assert not same(learned, trained) and (run / "model-ema").is_dir()
+    assert load_model(ModelTable(base=str(run / "model"))).prediction == "flow"
+    assert all(len(row["start"]["mean"]) == 4 for row in rows(run, "validation"))
+    world.report("flow-report", run)
 
 
 def test_generated_images(world):

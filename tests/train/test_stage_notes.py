@@ -13,6 +13,7 @@ from tiny import job
 from fastsd.commands.check import check
 from fastsd.config.schema import load_config
 from fastsd.config.stages import ENDLESS
+from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.model import SD15_SCHEDULER
 from fastsd.terminal.console import Console
 from fastsd.train.schedule import ema_decay, learning_rate
@@ -88,6 +89,13 @@ NOTES = [  # (settings, prediction and noise schedule, steps, sentence or "")
      sentence("dlion-on-text", stage="'a'", lr="{ unet = 1e-6, text_encoder = 3e-6 }")),
     ({"optimizer": "dlion"}, "epsilon", 9, ""),
 ]  # fmt: skip
+
+
+def test_weights_of_a_flow_fall_towards_pure_noise():
+    scheduler = flow_scheduler(SD15_SCHEDULER)
+    stage = stage_of(weighting="debiased", caption_dropout=0.1)
+    assert stage_notes(stage, "a", 9, scheduler) == [sentence("flow-weighting", stage="'a'", weighting="'debiased'")]
+    assert not stage_notes(stage.model_copy(update={"weighting_min": 0.1}), "a", 9, scheduler)
 
 
 @pytest.mark.parametrize("settings, kind, steps, expected", NOTES)
