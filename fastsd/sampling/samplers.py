@@ -96,11 +96,8 @@ def begin_at(scheduler: Any, start: int) -> None:
 
 def _begin_flow_at(scheduler: Any, s: float) -> None:
     """Keep of a flow's steps those below s, and make s the first."""
-    twice = type(scheduler).__name__ == FLOW_SAMPLERS["heun"]  # all steps but the first occur twice there
-    sigmas = scheduler.sigmas[:-1]
-    later = sigmas[1:][sigmas[1:] < s]
-    later = later[len(later) % 2 :] if twice else later
-    sigmas = torch.cat([sigmas.new_tensor([s]), later])
+    later = scheduler.sigmas[1:-1]
+    sigmas = torch.cat([later.new_tensor([s]), later[later < s]])
     scheduler.timesteps = (sigmas * scheduler.config.num_train_timesteps).to(scheduler.timesteps)
     scheduler.sigmas = torch.cat([sigmas, scheduler.sigmas[-1:]])
 

@@ -10,6 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from sentences import refused
 
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.formats.load import load_model
 from fastsd.model.model import SD15_SCHEDULER, usable_scheduler
 from fastsd.sampling.generate import denoise, generate, rescale_guidance
@@ -108,6 +109,29 @@ def test_a_start_from_latents_has_steps_of_the_same_length(start, steps):
     torch.testing.assert_close(result.double(), ddim(calls, abar_T, noisy.double()), rtol=0, atol=2e-5)
     euler_calls = drawn("euler", SD15_SCHEDULER, steps, latents, start)[1]
     assert euler_calls == calls
+
+
+@pytest.mark.parametrize("start", [0, 30, 600])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++"])
+def test_samplers_of_flows(sampler, shift, start):
+    """With the flow of a single image, every sampler ends at the image, from pure noise (0) or from the noise of a timestep."""
+    image = torch.linspace(-1, 1, 64).view(1, 4, 4, 4)
+    calls = []
+
+    def unet(x_BCHW, t_B, _):
+        calls.append(float(t_B[0]))
+        return (x_BCHW - image) / (t_B[:, None, None, None] / 1000)
+
+    text = SimpleNamespace(tokenize=lambda texts: torch.zeros(len(texts), 77), encode=lambda ids: ids[..., None])
+    text.device = torch.device("cpu")
+    model = SimpleNamespace(unet=unet, text=text, scheduler=flow_scheduler(SD15_SCHEDULER, shift))
+    eps = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = denoise(
+        model, ["a"], eps, [3], SampleTable(sampler=sampler, steps=9, guidance=1.0), image if start else None, start
+    )
+    assert calls[0] == (start or (999 if sampler == "dpm++" else 1000)) and calls == sorted(calls, reverse=True)
+    assert (result - image).abs().max() < 0.02  # DPM++ rounds timesteps
 
 
 @pytest.mark.parametrize("steps", [500, 501])
