@@ -309,6 +309,14 @@ def swap_vae(
     swap_vae(base, vae, out, images, fit, limit, resolution, vae_scaling_factor, **options)
 
 
+@app.command(epilog=EXAMPLES["average"])
+def average(source: args.AveragedRun, sigma_rel: args.SigmaRel, out: args.AverageFolder = None) -> None:
+    """Make an average of the weights of any length from the snapshots of a run."""
+    from fastsd.commands.average import average
+
+    average(source, sigma_rel, out)
+
+
 @app.command(epilog=EXAMPLES["convert"])
 def convert(
     source: args.AnyFile,

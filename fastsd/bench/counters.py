@@ -186,7 +186,7 @@ def estimate_memory(
     bf16, gpu = stage.precision == "bf16", device.type == "cuda"
     scale = stage.micro_batch_size * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
     gradient_bytes = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro_batch_size else 4
-    weight_and_state_bytes = 4 + 4 * len(optimizer_class(stage.optimizer).slots) + (4 if stage.ema else 0)
+    weight_and_state_bytes = 4 + 4 * len(optimizer_class(stage.optimizer).slots) + 4 * len(stage.averages)
     activations = SAVED_BYTES[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
     step_bytes = gradient_bytes * parameters + activations

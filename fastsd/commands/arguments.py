@@ -355,6 +355,15 @@ Resolution = Annotated[int, Option("--resolution", min=0, metavar="PX", help="Im
 SwapPrecision = Annotated[Precision, Option("--precision", help="Precision of measurements: fp32 or bf16.")]
 Seed = Annotated[int, Option("--seed", min=0, metavar="N", help="Seed that selects images, noise and timesteps.")]
 
+# average
+AveragedRun = Annotated[str, Argument(parser=text, metavar="RUN", help="Run with sigma_rel, or one of its checkpoints.")]
+SigmaRel = Annotated[
+    float, Option("--sigma-rel", metavar="LENGTH", help="Length of the average as a share of the steps, for example 0.07.")
+]
+AverageFolder = Annotated[
+    Path | None, Option("--out", "-o", parser=path, metavar="DIR", help="Folder to write (default: in RUN/averages).")
+]
+
 # convert, config, convert-config
 AnyFile = Annotated[
     str, Argument(parser=text, metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")

@@ -179,20 +179,20 @@ def _disk_space(config: Config, models: list[Model], images_per_epoch: list[int]
     modules = {name: model.component(name) for name in COMPONENTS} | {"vae": model.vae.module}
     fp32_bytes = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
 
-    sizes, lengths, changed = list[int](), list[tuple[int, float] | None](), list[list[str]]()
+    sizes, averages, lengths, changed = list[int](), list[int](), list[tuple[int, float] | None](), list[list[str]]()
     for stage in config.stage:
         trained = dict[str, set[str]]()
         with suppress(UserError):  # `_stage` has reported the error
             trained = selected(model, stage.train, "train")
-        tensors_per_weight = len(optimizer_class(stage.optimizer).slots) + (stage.ema > 0)
+        averages.append(4 * len(stage.averages) * parameter_count(model, trained))
         changed.append(changed_components(trained))
-        state = 4 * tensors_per_weight * parameter_count(model, trained)
-        sizes.append(sum(fp32_bytes[name] for name in changed[-1]) + state)
+        state = 4 * len(optimizer_class(stage.optimizer).slots) * parameter_count(model, trained)
+        sizes.append(sum(fp32_bytes[name] for name in changed[-1]) + state + averages[-1])
         steps = stage.steps(images_per_epoch[0]) if images_per_epoch else ENDLESS
         lengths.append((steps, 0.0) if steps < ENDLESS else None)
 
     epoch = images_per_epoch[0] if images_per_epoch else 0
-    needed = run_bytes(config, fp32_bytes, sizes, changed[0], lengths, epoch)["total"]
+    needed = run_bytes(config, fp32_bytes, sizes, averages, changed[0], lengths, epoch)["total"]
     if needed > free:
         raise UserError(
             "run-disk-space",

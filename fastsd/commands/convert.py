@@ -23,7 +23,7 @@ from fastsd.model.formats.model_source import (
 )
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import check_folder_name, write_folder, write_single_file
-from fastsd.run.checkpoint import averages_of
+from fastsd.run.checkpoint import averages_of, shortest_average
 from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
 from fastsd.run.other_programs import WEBUI_FLOW, sampling_notes
@@ -155,8 +155,8 @@ def _find_origin(name: str, source: ModelSource, options: ConvertOptions) -> Ori
     """Find the training summary and the sample grid of a model. They come from its run, or are stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:
-        run_summary = summarize(run, source.place, "ema" if options.ema else "raw")
-        return run_summary, last_samples(run, run_summary.steps or 0)
+        run_summary = summarize(run, source.place, next(iter(averages_of(source.place)), "ema") if options.ema else "raw")
+        return run_summary, last_samples(run, run_summary)
     samples = source.place / SAMPLES
     summary = summary_in(source.metadata) if source.place.is_file() else read_summary(source.place)
     return summary, samples if samples.is_file() else None
@@ -210,7 +210,7 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
 
 def _load_components(checkpoint: Path, source: ModelSource, *, ema: bool) -> dict[str, ComponentFiles]:
     """Load a checkpoint's components with EMA weights or merged adapters, which its weight files do not contain."""
-    averages = averages_of(checkpoint) if ema else {}
+    averages = shortest_average(checkpoint) if ema else {}
     if ema and not averages:
         raise UserError("convert-no-ema", f"{checkpoint}: has no EMA weights; omit --ema")
     model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
@@ -226,11 +226,12 @@ def _lora_file(name: str, *, ema: bool) -> Path:
     """Find the adapters to convert: a file, a PEFT folder, or the adapters of a run (of its newest checkpoint)."""
     path = Path(resolve_model(name))
     if ema:
-        ema_path = Path(name) / "lora-ema.safetensors"
+        average = next(iter(averages_of(path)), "ema") if (path / ADAPTERS).is_file() else "ema"
+        ema_path = Path(name) / f"lora-{average}.safetensors"
         if not ema_path.is_file():
             raise UserError(
                 "convert-no-lora-ema",
-                f"{name}: has no lora-ema.safetensors, which a run with EMA writes when it finishes; omit --ema",
+                f"{name}: has no {ema_path.name}, which a run with EMA writes when it finishes; omit --ema",
             )
         return ema_path
     return path / ADAPTERS if (path / ADAPTERS).is_file() else path

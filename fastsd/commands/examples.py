@@ -66,6 +66,10 @@ EXAMPLES = {
     "swap-vae": examples(
         "swap-vae base.safetensors stabilityai/sdxl-vae start --images photos",
     ),
+    "average": examples(
+        "average runs/xlsd --sigma-rel 0.07",
+        "average runs/xlsd/checkpoints/step-00500000 --sigma-rel 0.07 --out half",
+    ),
     "convert": examples(
         "convert runs/xlsd xlsd.safetensors --dtype fp16",
         "convert model.safetensors folder",

@@ -18,7 +18,7 @@ from fastsd.model.formats.adapters import Averages, load_merged, load_to_train, 
 from fastsd.model.formats.load import table_of
 from fastsd.model.formats.merge import merge_loaded
 from fastsd.model.model import Model
-from fastsd.run.checkpoint import CONFIG, averages_of, read_progress
+from fastsd.run.checkpoint import CONFIG, read_progress, shortest_average
 from fastsd.run.folder import resolve_model
 from fastsd.run.restart import read_config
 from fastsd.sampling.generate import draw, prepare_to_sample
@@ -108,7 +108,7 @@ def _sample_table(config: Config | None, settings: Settings, prompts: Sequence[s
 
 def _averages(base: str, table: SampleTable, settings: Settings) -> Averages:
     """Return the EMA weights to draw with. They are empty if they are not asked for, or a stage of the run has none."""
-    averages = averages_of(Path(base)) if table.weights == "ema" else {}
+    averages = shortest_average(Path(base)) if table.weights == "ema" else {}
     if settings.get("weights") == "ema" and not averages:
         raise UserError("sample-no-ema", f"{base}: has no EMA weights; omit --ema")
     return averages

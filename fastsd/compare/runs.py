@@ -77,7 +77,7 @@ class RunData:
         """Return each pair (set, weights) that validation measured, in a fixed order."""
         order = ["held_out", "stabilised", "raw", "ema"]
         pairs = {(row["set"], row["weights"]) for row in self.validation}
-        return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
+        return sorted(pairs, key=lambda pair: [(order.index(word) if word in order else len(order), word) for word in pair])
 
     def validation_rows(self, pair: tuple[str, str]) -> list[LogRow]:
         return [row for row in self.validation if (row["set"], row["weights"]) == pair]

@@ -17,6 +17,7 @@ KINDS = {
     "model.chunks": 'a whole number from 1 to 8, or "auto"',
     "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
     "lr": "a number above 0, or one per trained component: { unet = 1e-6, text_encoder = 3e-6 }",
+    "ema": "a number from 0 to below 1, or { sigma_rel = [0.05, 0.10] } with one to four lengths above 0 and at most 0.2886",
     "until": 'a number of steps, or "2e", "64000 images", "12h"',
     "validate.every": 'a number of steps, or "1e", "30m"',
     "sample_every": 'a number of steps, 0 for never, or "1e", "30m"',

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fastsd.config.keys import CAPTION, COLUMN, FIXED, FREE, LIGHT, NO_EFFECT, NOISE, Only, conditions
 from fastsd.config.optimizers import OPTIMIZERS, OptimizerName
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Rate = Annotated[float, Field(gt=0)]
+LONGEST = 0.2886  # largest sigma_rel: 1/sqrt(12) is that of a uniform average
 Amount = int | str  # a number of steps, epochs or images, or a time (see `parse_amount`)
 COMPONENTS = ("unet", "text_encoder")
 ENDLESS = 1 << 40  # number of steps of a stage that ends by time
+AVERAGES = 4  # most averages that a stage keeps
 UNTIMED = ("keep_every", "checkpoint_at")  # keys whose amounts must not be times, so that `fastsd plan` knows what they take
 
 
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _checked_ema(ema: Any) -> Any:
+    """Check `ema`, of which pydantic would report every problem once for each of its types."""
+    if not isinstance(ema, dict):
+        if isinstance(ema, (int, float)) and not isinstance(ema, bool) and 0 <= ema < 1:
+            return ema
+        raise ValueError(f"{ema!r} is not a decay from 0 to below 1; use for example 0.9999, or {{ sigma_rel = [0.05, 0.10] }}")
+    if other_keys := [key for key in ema if key != "sigma_rel"]:
+        raise ValueError(
+            f"the table has {other_keys[0]!r}; use {{ sigma_rel = [0.05, 0.10] }} alone, or a decay such as 0.9999"
+        )
+    lengths = ema.get("sigma_rel")
+    if not isinstance(lengths, list) or not 1 <= len(lengths) <= AVERAGES:
+        raise ValueError(f"sigma_rel is {lengths!r}; use one to {AVERAGES} lengths, for example [0.05, 0.10]")
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, (int, float)) or not 0 < length <= LONGEST:
+            raise ValueError(f"sigma_rel has {length!r}; use numbers above 0 and at most {LONGEST}, that of a uniform average")
+    names = [f"{length:g}" for length in lengths]
+    if doubled := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"sigma_rel has {doubled[0]} twice; remove one")
+    return ema
 
 
 class StageTable(Table):
@@ -70,12 +94,19 @@ class StageTable(Table):
     warmup: Annotated[int | float, FREE | LIGHT] = Field(0, ge=0)
     grad_clip: Annotated[float, FREE] = Field(0.0, ge=0)  # largest gradient norm over all trained parameters; 0 = no clipping
     # Decay of the EMA of the weights, which starts with the stage; 0 = no EMA. Without a warm-up, 0.9999 keeps 74 % of the
-    # starting weights for 3,000 steps; diffusers and OneTrainer always warm up
-    ema: Annotated[float, FREE] = Field(0.0, ge=0, lt=1)
+    # starting weights for 3,000 steps; diffusers and OneTrainer always warm up. { sigma_rel = [0.05, 0.10] } keeps up to four
+    # averages, whose lengths are these shares of the steps done, and never holds the starting weights; other lengths can then
+    # be made by `fastsd average`
+    ema: Annotated[float | dict[Literal["sigma_rel"], list[float]], BeforeValidator(_checked_ema), FREE] = 0.0
     # EMA warm-up: the decay in step n is at most 1 - (1 + n)^-power, as with use_ema_warmup in diffusers: 0.67 for a million
     # steps, 0.75 for some ten thousand; 0 = none
     ema_power: Annotated[float, FREE] = Field(0.0, ge=0)
     ema_after: Annotated[int, FREE] = Field(0, ge=0)  # steps during which the EMA equals the weights
+    # sigma_rel: copies of the averages that the stage stores at equal intervals, for `fastsd average`; 0 = none. The more, the
+    # closer; 16 give lengths between and near those of two averages within 1 %
+    ema_snapshots: Annotated[int, FREE | LIGHT | NO_EFFECT] = Field(16, ge=0)
+    # dtype of these copies; the averages themselves are fp32, in training and in checkpoints
+    ema_snapshot_dtype: Annotated[Literal["fp16", "bf16", "fp32"], FREE | LIGHT | NO_EFFECT] = "fp16"
 
     # "huber" is PyTorch's and half of "mse" for small errors. "pseudo_huber" is huber of sd-scripts with a constant huber_c;
     # its smooth_l1 is the same divided by huber_c
@@ -149,6 +180,16 @@ class StageTable(Table):
         return list(dict.fromkeys(entry.split(".")[0] for entry in self.train if entry != "lora"))
 
     @property
+    def sigma_rel(self) -> list[float]:
+        """Relative lengths of the power-function averages (see `fastsd.train.averages`). Empty if there are none."""
+        return self.ema.get("sigma_rel", []) if isinstance(self.ema, dict) else []
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averages of the weights that the stage keeps, for logs, files and checkpoints: "ema", "ema-0.05"."""
+        return [f"ema-{sigma:g}" for sigma in self.sigma_rel] if isinstance(self.ema, dict) else ["ema"] * (self.ema > 0)
+
+    @property
     def seconds(self) -> float | None:
         """Duration of the stage in seconds if `until` is a time, otherwise None."""
         amount, unit = parse_amount("until", self.until)
@@ -211,9 +252,20 @@ class StageTable(Table):
 
         if self.betas and not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas is {list(self.betas)}; use two numbers of at least 0 and below 1")
-        if (self.ema_power or self.ema_after) and not self.ema:
-            key = "ema_power" if self.ema_power else "ema_after"
+        return self
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> StageTable:
+        key = "ema_power" if self.ema_power else "ema_after" if self.ema_after else ""
+        if key and not self.ema:
             raise ValueError(f"{key} is set and ema is 0; set ema, for example 0.9999")
+        if key and self.sigma_rel:
+            raise ValueError(f"{key} is set and ema has sigma_rel, whose averages need no warm-up; remove {key}")
+        for key in ("ema_snapshots", "ema_snapshot_dtype"):
+            if getattr(self, key) != StageTable.model_fields[key].default and not self.sigma_rel:
+                raise ValueError(
+                    f"{key} is set and ema is not a table; set ema = {{ sigma_rel = [0.05, 0.10] }}, or remove {key}"
+                )
         return self
 
     @model_validator(mode="after")

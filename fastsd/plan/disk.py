@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from fastsd.config.schema import Config
-from fastsd.config.stages import StageTable, parse_amount
+from fastsd.config.stages import ENDLESS, StageTable, parse_amount
 from fastsd.errors import UserError
 from fastsd.model.formats.write import DTYPE
 from fastsd.sampling.prompts import images_of
@@ -20,6 +20,7 @@ def run_bytes(
     config: Config,
     component_bytes: Mapping[str, int],
     checkpoint_bytes: Sequence[int],
+    average_bytes: Sequence[int],
     changed: Sequence[str],
     lengths: Sequence[tuple[int, float] | None],
     epoch: int,
@@ -31,17 +32,18 @@ def run_bytes(
     Args:
         component_bytes: bytes of each component of the model in fp32.
         checkpoint_bytes: bytes that a checkpoint of each stage adds to those before it. Frozen components are hard links.
+        average_bytes: bytes of each stage's averages of the weights in fp32.
         changed: components that the first stage trains.
         lengths: steps and seconds of each stage, or None if they are unknown; then only its end has a checkpoint that stays.
         epoch: images per epoch, if a length is known.
 
     Returns:
-        "permanent" (the number of checkpoints that stay, of each stage), "checkpoints", "exports", "samples", "logs", "total";
-        and "written", the bytes written over the whole run, or None if a length is unknown.
+        "permanent" (the number of checkpoints that stay, of each stage), "checkpoints", "snapshots", "exports", "samples",
+        "logs", "total"; and "written", the bytes written over the whole run, or None if a length is unknown.
     """
-    model, kept, peak, written, grids, rows = sum(component_bytes.values()), 0, 0, 0, 0, 0
+    model, kept, peak, written, grids, rows, snapshots = sum(component_bytes.values()), 0, 0, 0, 0, 0, 0
     permanent_counts = []
-    for stage, size, length in zip(config.stage, checkpoint_bytes, lengths, strict=True):
+    for stage, size, averages, length in zip(config.stage, checkpoint_bytes, average_bytes, lengths, strict=True):
         steps, seconds = length or (1, 0.0)
         times = partial(_times, stage, epoch, steps, seconds)
         permanent = 1 + times("keep_every") + sum(step < steps for step in (points(stage, epoch) if length else ()))
@@ -50,16 +52,23 @@ def run_bytes(
         peak = max(peak, kept + (permanent + stage.keep_checkpoints) * size)
         kept, written = kept + permanent * size, written + saved * size
         permanent_counts.append(permanent)
+        snapshots += snapshot_bytes(stage, averages, steps if length else ENDLESS)
         grids += 1 + times("sample_every") + (stage.sample_every != 0)
         rows += steps // config.log.every + 1
 
     exports, copies = export_bytes(config, component_bytes), 1 + config.log.tensorboard
     samples, logs = grids * grid_bytes(config) * copies, rows * (ROW + TENSORBOARD_ROW * config.log.tensorboard)
     checkpoints = peak + model - sum(component_bytes[name] for name in changed)
-    disk = {"checkpoints": checkpoints, "exports": exports, "samples": samples, "logs": logs}
-    written += checkpoints - peak + exports + samples + logs
+    disk = {"checkpoints": checkpoints, "snapshots": snapshots, "exports": exports, "samples": samples, "logs": logs}
+    written += checkpoints - peak + snapshots + exports + samples + logs
     total = {"total": sum(disk.values()), "written": written if all(lengths) else None}
     return {"permanent": permanent_counts} | disk | total
+
+
+def snapshot_bytes(stage: StageTable, averages: int, steps: int) -> int:
+    """Return the bytes of a stage's snapshots of its averages, which have `averages` bytes in fp32."""
+    count = min(stage.ema_snapshots, steps) if stage.sigma_rel else 0
+    return count * averages * DTYPE[stage.ema_snapshot_dtype].itemsize // 4
 
 
 def _times(stage: StageTable, epoch: int, steps: int, seconds: float, key: str) -> int:
@@ -76,7 +85,7 @@ def export_bytes(config: Config, component_bytes: Mapping[str, int]) -> int:
         component_bytes: bytes of each component of the model in fp32.
     """
     model, share = sum(component_bytes.values()), DTYPE[config.export.dtype].itemsize / 4 * config.export.single_file
-    return int(model * (1 + share)) * (1 + (config.stage[-1].ema > 0))
+    return int(model * (1 + share)) * (1 + len(config.stage[-1].averages))
 
 
 def grid_bytes(config: Config) -> int:

@@ -166,12 +166,12 @@ class StagePlan:
         compute = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
         return StepTimes.of(compute, self.parts(micro_batch_size, checkpointing), card, self.stage.precision, self.cluster)
 
-    def files(self) -> tuple[dict[str, int], int]:
-        """Return the bytes of each component in fp32, and the bytes of the stage's optimizer state and EMA."""
+    def files(self) -> tuple[dict[str, int], int, int]:
+        """Return the bytes of each component in fp32, of the stage's optimizer state, and of its averages."""
         self.need(self.images)
         rehearsal = self._rehearsals[True]
         component_bytes = {name: sum(4 * p.numel() for p in module.parameters()) for name, module in rehearsal.modules.items()}
-        return component_bytes, rehearsal.owners["optimizer state"] + rehearsal.owners["EMA"]
+        return component_bytes, rehearsal.owners["optimizer state"], rehearsal.owners["EMA"]
 
 
 def plan_stage(
@@ -376,15 +376,16 @@ def _disk(
             chunk_limit(shapes.chunks) * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
         )
     bytes_per_image = elements * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
-    component_bytes, _ = plans[0].files()
-    sizes = [sum(component_bytes[component] for component in plan.trained) + plan.files()[1] for plan in plans]
+    component_bytes, *_ = plans[0].files()
+    sizes = [sum(component_bytes[component] for component in plan.trained) + sum(plan.files()[1:]) for plan in plans]
+    averages = [plan.files()[2] for plan in plans]
     lengths = [_length(stage, entry, images) for stage, entry in zip(config.stage, stages, strict=True)]
     disk: dict[str, Any] = {
         "cache_an_image": bytes_per_image,
         "cache": images and images * bytes_per_image,
         "a_checkpoint": sizes,
     }
-    disk |= run_bytes(config, component_bytes, sizes, plans[0].trained, lengths, images or 0)
+    disk |= run_bytes(config, component_bytes, sizes, averages, plans[0].trained, lengths, images or 0)
     disk["written_a_day"] = None
     if disk["written"] is not None:
         days = [
@@ -419,6 +420,7 @@ def _print_disk(disk: dict[str, Any], console: Console) -> None:
     lines = [
         f"{size_text(disk['checkpoints'])} checkpoints at most: {sum(disk['permanent'])} stay, besides the newest; "
         f"up to {size_text(max(sizes))} each",
+        *([f"{size_text(disk['snapshots'])} snapshots of averages"] if disk["snapshots"] else []),
         f"{size_text(disk['exports'])} exports: diffusers folders and single files",
         f"{size_text(disk['samples'])} sample grids and {size_text(disk['logs'])} logs",
         f"{size_text(disk['total'])} in all, without the cache"

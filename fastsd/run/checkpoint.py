@@ -78,6 +78,11 @@ class RunProgress:
     logs: dict[str, Any] = field(default_factory=dict)  # digests of log files, by name (see `report.py`)
     costs: list[dict[str, Any]] = field(default_factory=list)  # the complete stages, as in cost.json
 
+    @property
+    def first_averaged(self) -> int:
+        """Steps of the run before the first stage whose averages the current stage continues."""
+        return self.step - self.stage_step - self.carried
+
 
 def name_of(step: int) -> str:
     return f"step-{step:08d}"
@@ -287,15 +292,30 @@ def load_state(path: Path) -> TensorFile:
     return TensorFile(path / TENSORS)
 
 
-def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the EMA weights in a checkpoint: component name -> tensors by parameter name, views of the mapped file."""
-    averages = dict[str, dict[str, Tensor]]()
+def averages_of(path: Path) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Return the averages in a checkpoint, the shortest first.
+
+    They are by name, for example "ema-0.05", and then component name -> tensors by parameter name, views of the mapped file.
+    """
     state = load_state(path) if (path / TENSORS).exists() else {}  # a model folder without a run has no state file
-    for name in state:
-        component, _, parameter = name.partition("@ema/")
+    averages = by_average(state)
+    return {name: averages[name] for name in sorted(averages, key=lambda name: float(name.partition("-")[2] or 0))}
+
+
+def by_average(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Group tensors with names such as "unet@ema-0.05/conv_in.weight" by average and component. Others are ignored."""
+    averages = dict[str, dict[str, dict[str, Tensor]]]()
+    for name in tensors:
+        component, _, rest = name.partition("@")
+        average, _, parameter = rest.partition("/")
         if parameter:
-            averages.setdefault(component, {})[parameter] = state[name]
+            averages.setdefault(average, {}).setdefault(component, {})[parameter] = tensors[name]
     return averages
+
+
+def shortest_average(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the average in a checkpoint that commands take where they take one. It is empty if there is none."""
+    return next(iter(averages_of(path).values()), {})
 
 
 def export(checkpoint: Path, target: Path, model: Model, averages: Averages, finish: Callable[[Path], None]) -> None:

@@ -57,28 +57,30 @@ class Evaluation:
 
     def _lacks_validation(self) -> bool:
         progress = self.position.progress
-        rows = len(self.sets.measured) * (1 + (self.config.stage[progress.stage].ema > 0))
+        rows = len(self.sets.measured) * (1 + len(self.config.stage[progress.stage].averages))
         due = self.ranks.main and progress.validation_due and rows > 0
         return due and not self.report.has_validation(progress.step, rows)
 
     def _lacks_samples(self) -> bool:
-        due = self.ranks.main and self.position.progress.samples_due
-        return due and bool(self.config.sample.prompts or self.config.sample.prompts_file) and not self._grid_path()[0].exists()
+        due, sample = self.ranks.main and self.position.progress.samples_due, self.config.sample
+        return due and bool(sample.prompts or sample.prompts_file) and not all(map(Path.exists, self._grid_paths()))
 
     def sample(self, step: Step, stop: StopSignals | None = None) -> None:
-        """Draw the config's sample grid, with the current weights or with the EMA weights. A signal ends the drawing."""
+        """Draw the config's sample grid with the current weights, or one with each average. A signal ends the drawing."""
         if self.config.sample.weights == "ema":
             step.collect_averages()
+        for path, weights in self._grid_paths().items():
+            self._draw(step, path, weights, stop)
+
+    def _draw(self, step: Step, path: Path, weights: str, stop: StopSignals | None) -> None:
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
-        path, weights = self._grid_path()
         started_at = time.monotonic()
 
         def draw(batch: int) -> bytes:
             with ExitStack() as stack:
-                for component in step.components.values() if weights == "ema" else ():
-                    if component.ema is not None:
-                        stack.enter_context(component.averaged())
+                for component in step.components.values():
+                    stack.enter_context(component.averaged(weights))
                 drawn = draw_share(self.model, images_of(config.sample, size), config.sample, batch, self.ranks)
             return b"".join(image.tobytes() for image in drawn.values())
 
@@ -98,15 +100,16 @@ class Evaluation:
             return self.report.console.warn(f"samples not written to {path}: {error.strerror}; training continues")
         self.report.images(path, progress.step, sheet)
 
-    def _grid_path(self) -> tuple[Path, str]:
-        """Return the path of the current step's grid, and the kind of weights that draw it."""
-        progress = self.position.progress
-        averaged = self.config.sample.weights == "ema" and self.config.stage[progress.stage].ema > 0
-        name = f"{self.config.stage_name(progress.stage)}{'-ema' if averaged else ''}-{progress.step:08d}.png"
-        return Path(self.config.run) / "samples" / name, "ema" if averaged else "model"
+    def _grid_paths(self) -> dict[Path, str]:
+        """Return the path of each grid of the current step, and the kind of weights that draws it."""
+        progress, folder = self.position.progress, Path(self.config.run) / "samples"
+        averages = self.config.stage[progress.stage].averages if self.config.sample.weights == "ema" else []
+        suffixes = {f"-{average}": average for average in averages} or {"": "model"}
+        stage = self.config.stage_name(progress.stage)
+        return {folder / f"{stage}{suffix}-{progress.step:08d}.png": weights for suffix, weights in suffixes.items()}
 
     def validate(self, step: Step, stop: StopSignals | None = None) -> None:
-        """Measure the config's validation sets with the current weights, and with the EMA weights if there are any.
+        """Measure the config's validation sets with the current weights, and with each average if there are any.
 
         A signal ends the measurement without a result.
         """
@@ -115,6 +118,7 @@ class Evaluation:
         step.collect_averages()
         progress = self.position.progress
         shape: tuple[int, ...] = ()
+        kinds = ("raw", *self.config.stage[progress.stage].averages)
 
         def measure(batch: int) -> bytes:
             nonlocal shape
@@ -124,7 +128,9 @@ class Evaluation:
 
         def summarize(shares: list[bytes], batch: int) -> list[ValidationRow]:
             parts = [torch.frombuffer(bytearray(share), dtype=torch.float64).view(shape) for share in shares]
-            return self.validation.summary(torch.stack(parts).sum(dim=0))  # each value is one rank's, and 0 of the others
+            return self.validation.summary(
+                torch.stack(parts).sum(dim=0), kinds
+            )  # each value is one rank's, and 0 of the others
 
         rows = self._attempt(measure, summarize, self.config.validate_.batch, "validation", step, stop)
         if rows:

@@ -3,18 +3,21 @@
 RUN/model               a diffusers folder in fp32, which shares no file with the checkpoint, with its model card
 RUN/model.safetensors   the same model in one file of the original layout, for ComfyUI and A1111
 RUN/lora.safetensors    the adapters alone, if the run trains adapters; RUN/model has them merged
-RUN/model-ema ...       all of the above with EMA weights, if the checkpoint has any
+RUN/model-ema ...       all of the above with EMA weights, if the checkpoint has any (RUN/model-ema-0.05 for an average of that
+                        relative length)
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from types import MappingProxyType
 
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
 from fastsd.model.formats.adapters import Averages, write_lora_file
 from fastsd.model.formats.model_source import ModelSource, read_component
-from fastsd.model.formats.model_summary import metadata_of
+from fastsd.model.formats.model_summary import ModelSummary, metadata_of
 from fastsd.model.formats.write import write_single_file
 from fastsd.model.model import Model
 from fastsd.run import checkpoint
@@ -36,19 +39,20 @@ def export_newest(config: Config, model: Model, console: Console) -> Path:
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
     averages = checkpoint.averages_of(newest)
-    export_path = _export(config, newest, model, {}, console)
+    export_path = _export(config, newest, model, console)
     if note := license_note(config):
         console.echo(f"note: {note}")
-    if averages:
-        _export(config, newest, model, averages, console)
-    else:
-        _remove_averages(Path(config.run), console)
+    for name, tensors in averages.items():
+        _export(config, newest, model, console, name, tensors)
+    _remove_averages(Path(config.run), averages, console)
     return export_path
 
 
-def _remove_averages(run: Path, console: Console) -> None:
+def _remove_averages(run: Path, current: Collection[str], console: Console) -> None:
     """Delete the EMA exports of an earlier stage: beside the model of a later one, they would look like its averages."""
-    for path in (run / "model-ema", run / "model-ema.safetensors", run / "lora-ema.safetensors"):
+    for path in sorted([*run.glob("model-ema*"), *run.glob("lora-ema*")]):
+        if path.name.removesuffix(".safetensors").partition("-")[2] in current:
+            continue
         if path.is_dir():
             remove_folder(path)
         elif path.exists():
@@ -56,17 +60,40 @@ def _remove_averages(run: Path, console: Console) -> None:
         else:
             continue
         if not path.exists():
-            console.echo(f"removed: {path}, of an earlier stage; the newest checkpoint has no EMA weights")
+            console.echo(f"removed: {path}, of an earlier stage; the newest checkpoint has no such weights")
 
 
-def _export(config: Config, newest: Path, model: Model, averages: Averages, console: Console) -> Path:
-    run, table = Path(config.run), config.export
-    suffix = "-ema" if averages else ""
-    folder, single_file = run / f"model{suffix}", run / f"model{suffix}.safetensors"
+def _export(
+    config: Config, newest: Path, model: Model, console: Console, average: str = "", averages: Averages = MappingProxyType({})
+) -> Path:
+    run, suffix = Path(config.run), average and f"-{average}"
+    summary = summarize(run, newest, average or "raw")
     lora_file = run / f"lora{suffix}.safetensors"
-    summary = summarize(run, newest, "ema" if averages else "raw")
+    return write_outputs(config, newest, model, summary, run / f"model{suffix}", lora_file, averages, console)
+
+
+def write_outputs(
+    config: Config,
+    newest: Path,
+    model: Model,
+    summary: ModelSummary,
+    folder: Path,
+    lora_file: Path,
+    averages: Averages,
+    console: Console,
+) -> Path:
+    """Write a checkpoint's model to `folder`, to a single file beside it, and its adapters to `lora_file`, if it has any.
+
+    Args:
+        summary: of the model card.
+        averages: component name -> tensors by parameter name that replace those of the checkpoint.
+
+    Raises:
+        UserError, OSError: as `export_newest`.
+    """
+    run, table, single_file = Path(config.run), config.export, folder.with_name(f"{folder.name}.safetensors")
     single_name = single_file.name if table.single_file else ""
-    samples = last_samples(run, summary.steps or 0)
+    samples = last_samples(run, summary)
 
     def finish(new: Path) -> None:
         try:

@@ -35,7 +35,7 @@ WHOLE_SHEET: Cell = ("", 0)  # the only cell of a grid without stored cell posit
 
 @dataclass(frozen=True)
 class Grid:
-    """A sample grid image, the positions of its cells, and the kind of weights that drew it, "model" or "ema"."""
+    """A sample grid image, the positions of its cells, and the kind of weights that drew it, "model" or an average."""
 
     path: Path
     stage: str

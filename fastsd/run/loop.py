@@ -92,7 +92,7 @@ def train_stages(run: Run, signals: StopSignals) -> None:
 
 
 def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> None:
-    """Train one stage to its end. After each step, profile, log, save a checkpoint, validate and sample if they are due."""
+    """Train one stage to its end. After each step, profile, log, save, validate and sample if they are due."""
     stage, position, ranks = run.config.stage[index], run.position, run.ranks
     train_step = start_stage(run, index, switches)
     compile_stages(run, index, train_step.micro_batch_size)
@@ -130,6 +130,10 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                         "stage-end-not-saved",
                         f"{run.folder}: end of stage {index + 1} not saved, see the warning above; fix that and run again",
                     )
+
+            if due.snapshot:
+                with log.paused():
+                    run.saving.snapshot(train_step)
 
             if (due.validation or done) and not ranks.any_rank(signals):
                 log.flush()

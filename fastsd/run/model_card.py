@@ -31,6 +31,7 @@ from fastsd.model.formats.model_summary import (
     Samples,
     StageSummary,
     read_summary,
+    weights_text,
 )
 from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.text_encoder import AUTO_CHUNKS
@@ -65,7 +66,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     Args:
         run: the run's folder.
         checkpoint: one of its checkpoints.
-        weights: the exported weights: "raw" or "ema".
+        weights: the exported weights: "raw" or an average.
 
     Raises:
         UserError: the run's config.json is missing or invalid.
@@ -86,7 +87,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     lora = model.lora and Adapters.model_validate(model.lora.model_dump() | adapters)
 
     samples = None
-    if grid := _last_grid(run, step):
+    if grid := _last_grid(run, step, weights):
         prompts = list(dict.fromkeys(prompt for prompt, _ in grid.cells if prompt))
         sample, size = config.sample, config.sample.size or config.data.resolution
         settings = sample.model_dump(include={"sampler", "steps", "guidance", "guidance_rescale", "negative"})
@@ -95,7 +96,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
 
     return ModelSummary(
         version=__version__,
-        title=config.export.title or run.resolve().name + ("-ema" if weights == "ema" else ""),
+        title=config.export.title or run.resolve().name + ("" if weights == "raw" else f"-{weights}"),
         date=saved_at.isoformat().replace("+00:00", "Z"),
         author=config.export.author,
         license=config.export.license,
@@ -135,14 +136,14 @@ def public_name(name: str) -> str:
     return summary.title if summary and summary.title else path.resolve().name
 
 
-def last_samples(run: Path, step: int) -> Path | None:
-    """Return the path of a run's most recent sample grid up to a step, or None."""
-    grid = _last_grid(run, step)
+def last_samples(run: Path, summary: ModelSummary) -> Path | None:
+    """Return the path of a run's most recent sample grid up to a model's step, or None. The model's own weights come first."""
+    grid = _last_grid(run, summary.steps or 0, summary.weights)
     return grid.path if grid else None
 
 
-def _last_grid(run: Path, step: int) -> Grid | None:
-    files = sorted(grid_files(run / "samples"), key=lambda file: (file[2], file[0].name), reverse=True)
+def _last_grid(run: Path, step: int, weights: str) -> Grid | None:
+    files = sorted(grid_files(run / "samples"), key=lambda f: (f[2], f[1].endswith(f"-{weights}"), f[0].name), reverse=True)
     return next((grid for file in files if file[2] <= step and (grid := read_grid(*file))), None)
 
 
@@ -261,7 +262,7 @@ class _Card:
         text = f"{self.window} tokens" if chunks == 1 else f"{chunks} chunks of {self.window} tokens"
         skip = f"clip skip {self.clip_skip} ({self.clip_skip + 1} in A1111)" if self.clip_skip else "no clip skip"
         v_prediction = "v_prediction, zero terminal SNR" if self.zero_snr else "v_prediction"
-        weights = {"raw": "as trained", "ema": "exponential moving average (EMA)"}.get(summary.weights, "")
+        weights = weights_text(summary.weights, "exponential moving average (EMA)") if summary.weights else ""
         rows = [
             ["Base model", inline(summary.base)],
             ["VAE", vae],
@@ -282,8 +283,9 @@ class _Card:
             return ""
         sections = ["## Samples", f"![samples]({SAMPLES})"]
         if samples := self.summary.samples:
-            same = (samples.weights == "ema") == (self.summary.weights == "ema")
-            weights = "" if same else f" with the {'EMA' if samples.weights == 'ema' else 'non-EMA'} weights"
+            same = samples.weights == self.summary.weights or {samples.weights, self.summary.weights} <= {"model", "raw", ""}
+            drawn = "non-EMA" if samples.weights == "model" else weights_text(samples.weights)
+            weights = "" if same else f" with the {drawn} weights"
             settings = f"{inline(samples.sampler)} sampler, {samples.steps} steps, guidance scale {samples.guidance:g}"
             sections.append(f"Generated at step {_count(samples.step)}{weights}: {settings}.")
             sections.append("\n".join(f"- {inline(prompt)}" for prompt in samples.prompts))
@@ -311,7 +313,7 @@ class _Card:
     def _losses(self) -> str:
         rows = []
         for loss in self.summary.validation:
-            weights = {"raw": "as trained", "ema": "EMA"}.get(loss.weights, loss.weights)
+            weights = weights_text(loss.weights)
             first = f"{loss.first:.4f} at step {_count(loss.first_step)}" if loss.first_step < loss.step else ""
             last = f"{loss.last:.4f} ± {loss.se:.4f} at step {_count(loss.step)}"
             rows.append([inline(loss.set.replace("_", " ")), inline(weights), first, last])
@@ -330,7 +332,7 @@ class _Card:
         settings = f"rank {lora.rank}, alpha {lora.alpha:g}, on {inline(', '.join(lora.targets))} of {components}"
         conv_alpha = f" and alpha {lora.conv_alpha:g}" if lora.conv_alpha else ""
         settings += f", rank {lora.conv}{conv_alpha} on 3x3 convolutions" if lora.conv else ""
-        name = "lora-ema.safetensors" if self.summary.weights == "ema" else "lora.safetensors"
+        name = "lora.safetensors" if self.summary.weights in ("raw", "") else f"lora-{self.summary.weights}.safetensors"
         base = self.summary.base if is_hub_id(self.summary.base) else "BASE"
         load = card_code.load_lora(name, base, self.dtype, other_vae=self.summary.vae not in ("", self.summary.base))
         replaced = "the base model" if base == "BASE" else code(base)

@@ -4,7 +4,7 @@ console              a header, then one live line (plain lines if it is not a te
 RUN/log.jsonl        one row per log interval; it holds only values that training determines, so it is the same, bit for
                      bit, however often the run is interrupted
 RUN/timing.jsonl     speed, memory and time spent waiting for data, for the same steps
-RUN/validation.jsonl one row per measurement, set and kind of weights (raw or EMA); reproducible in the same way
+RUN/validation.jsonl one row per measurement, set and kind of weights (raw or an average); reproducible in the same way
 RUN/warnings.jsonl   the warnings of all starts, with time and step
 RUN/tensorboard      all of the above but the warnings
 """
@@ -141,7 +141,7 @@ class TrainReport:
         step = rows[0]["step"]
         scalars = {}
         for row in rows:
-            name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
+            name = row["set"] + ("" if row["weights"] == "raw" else f"_{row['weights']}")
             scalars[f"validation/{name}"] = row["loss"]
             scalars |= {f"validation/{name}/t{band_label(first, end)}": loss for first, end, loss, _ in row["bands"]}
 

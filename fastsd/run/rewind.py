@@ -1,10 +1,10 @@
 """Going back to an earlier step of a run. What the run recorded after it is set aside, never deleted.
 
 RUN/set-aside-1/                      a folder like RUN, so `fastsd compare RUN RUN/set-aside-1` compares both continuations
-    checkpoints/ samples/ profiles/   those of later steps, moved
+    checkpoints/ samples/ profiles/ snapshots/   those of later steps, moved
     log.jsonl ...                     the rows of later steps
     config.json cost.json             copies
-    model/ model.safetensors ...      exports with weights of later steps, moved: RUN/model would look like the run's result
+    model/ averages/ ...              exports with weights of later steps, moved: RUN/model would look like the run's result
 RUN/went-back.json                    the step that `fastsd train --from` went back to last
 RUN/setting-aside.json                exists while things are moved. After a kill or a full disk, the next start moves the rest.
 """
@@ -26,7 +26,7 @@ from fastsd.terminal.console import Console
 
 JOURNAL, RECORD = "setting-aside.json", "went-back.json"
 _LISTED = 20  # checkpoints that a message lists
-EXPORTS = ("model", "model-ema", "lora", "lora-ema")
+EXPORTS = "model", "model-ema*", "model.safetensors", "lora.safetensors", "lora-ema*"  # patterns in RUN
 
 
 def checkpoint_named(run: Path, name: str, config: Config, console: Console) -> Path | None:
@@ -139,12 +139,18 @@ def _later_paths(run: Path, step: int) -> list[Path]:
     """List the files and folders of later steps. The checkpoints come last and the newest first, so that the run stays whole:
     until all of them are moved, it is at the newest one that remains."""
     paths = [path for path, _, grid_step in grid_files(run / "samples") if grid_step > step]
-    paths += [path for path in (run / "profiles").glob("step-*.json") if _step_of(path) > step]
-    exports = [path for name in EXPORTS for path in (run / f"{name}.safetensors", run / name) if path.exists()]
+    files = [*(run / "profiles").glob("step-*.json"), *(run / "snapshots").glob("step-*.safetensors")]
+    paths += [path for path in files if _step_of(path) > step]
+    exports = [path for pattern in EXPORTS for path in sorted(run.glob(pattern))]
     if exports:
         summary = read_summary(run / "model")
         # The files are written together. Without a summary nobody knows of which step they are.
         paths += exports if summary is None or summary.steps is None or summary.steps > step else []
+    for folder in (run / "averages").glob("model-*/"):  # of `fastsd average`
+        summary = read_summary(folder)
+        if summary is None or summary.steps is None or summary.steps > step:
+            lora = folder.with_name(f"{folder.name.replace('model', 'lora', 1)}.safetensors")
+            paths += [path for path in (folder.with_name(f"{folder.name}.safetensors"), lora, folder) if path.exists()]
     return paths + [path for path in reversed(checkpoints(run / "checkpoints")) if _step_of(path) > step]
 
 

@@ -27,6 +27,7 @@ from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
+from fastsd.run.snapshots import SNAPSHOTS, remove_later, write_snapshot
 from fastsd.storage import replace_file
 from fastsd.terminal.texts import size_text
 from fastsd.train.memory import main_memory
@@ -79,6 +80,7 @@ class Saving:
         files = [self.folder / name for name in ("kept.json", "stage-ends.json")]
         self.kept: set[str] = {name for path in files for name in _read_names(path)}
         self._saved_step = self.position.progress.step if self.state else None
+        remove_later(self.folder, self.position.progress.step)
         self._writer: Thread | None = None
         self._error: Exception | None = None  # a bug, which ended the thread
         self._warned = False
@@ -150,6 +152,20 @@ class Saving:
                 content.adapters = {name: components[name].state(ADAPTER, copy=True) for name in adapters}
             self._writer = Thread(target=self._write_in_thread, args=args, kwargs={"keep": keep}, daemon=True)
             self._writer.start()
+
+    def snapshot(self, step: Step) -> None:
+        """Store the averages after the latest step, for `fastsd average`. If this fails, warn and go on."""
+        progress = self.position.progress
+        step.collect_averages()
+        if not self.ranks.main:
+            return
+        try:
+            write_snapshot(self.folder, step, progress.step, progress.first_averaged)
+        except OSError as error:
+            self.report.console.warn(
+                f"averages after step {progress.step} not stored in {self.folder / SNAPSHOTS}: {error.strerror or error}; "
+                "training continues, and averages of other lengths will be less exact"
+            )
 
     def _check_health(self) -> bool:
         """Return True if the run is healthy. Warn the first time that it is not."""

@@ -9,13 +9,14 @@ from fastsd.train.schedule import Interval, points
 
 
 class Due(NamedTuple):
-    """The actions that are due after a step. A `permanent` checkpoint is never deleted."""
+    """The actions that are due after a step. A `permanent` checkpoint is never deleted. `snapshot` is of the averages."""
 
     log: bool
     validation: bool
     samples: bool
     checkpoint: bool
     permanent: bool
+    snapshot: bool
     profile: bool
 
 
@@ -34,6 +35,8 @@ class Triggers:
         }
         seconds = run.position.elapsed()
         self._intervals = {name: Interval(*amount, stage.batch, epoch, seconds) for name, amount in amounts.items()}
+        count = stage.ema_snapshots if stage.sigma_rel else 0
+        self._intervals["snapshot"] = Interval.part(stage, run.position.steps[index], count, seconds)
 
     def after_step(self) -> Due:
         """Return the actions that are due after the latest step. Rank 0 deletes the files by which the user requested them."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,8 +162,10 @@ class Validation:
         return self.summary(self.measure())
 
     @torch.no_grad()
-    def measure(self, components: Iterable[TrainableComponent] = (), batch: int | None = None, ranks: Ranks = ALONE) -> Tensor:
-        """Measure the current weights. If some of `components` have an EMA, measure again with the EMA weights in their place.
+    def measure(
+        self, components: Collection[TrainableComponent] = (), batch: int | None = None, ranks: Ranks = ALONE
+    ) -> Tensor:
+        """Measure the current weights. For each average that `components` have, measure again with its weights in their place.
 
         Args:
             batch: images per forward, at most `validate.batch`; None = `validate.batch`.
@@ -178,11 +180,10 @@ class Validation:
         """
         size = batch or self.table.batch
         values = [self._measure(size, ranks)]
-        averaged = [component for component in components if component.ema is not None]
-        if averaged:
+        for average in dict.fromkeys(name for component in components for name in component.averages):
             with ExitStack() as stack:
-                for component in averaged:
-                    stack.enter_context(component.averaged())
+                for component in components:
+                    stack.enter_context(component.averaged(average))
                 values.append(self._measure(size, ranks))
         return torch.stack(values)
 
@@ -198,10 +199,10 @@ class Validation:
             values.append(values_nV)
         return torch.cat(values)
 
-    def summary(self, values_WnV: Tensor) -> list[ValidationRow]:
-        """Return the rows of all sets for the results of `measure`, W kinds of weights."""
+    def summary(self, values_WnV: Tensor, kinds: Sequence[str] = ("raw",)) -> list[ValidationRow]:
+        """Return the rows of all sets for the results of `measure`, with the names of its W kinds of weights."""
         rows, strata = [], self._strata.count
-        for weights, values_nV in zip(("raw", "ema"), values_WnV, strict=False):
+        for weights, values_nV in zip(kinds, values_WnV, strict=True):
             sizes = [sum(map(len, batches)) for batches in self._batches.values()]
             for (name, batches), values in zip(self._batches.items(), values_nV.split(sizes), strict=True):
                 errors_nS, moments_nM = values[:, :strata].tolist(), values[:, strata:]
@@ -300,4 +301,4 @@ def format_table(rows: Sequence[ValidationRow]) -> str:
 
 
 def _title(row: ValidationRow) -> str:
-    return row["set"].replace("_", " ") + (" (ema)" if row["weights"] == "ema" else "")
+    return row["set"].replace("_", " ") + ("" if row["weights"] == "raw" else f" ({row['weights']})")

@@ -57,6 +57,7 @@ def ema_decay(stage: StageTable, step: int) -> float:
     copies the weights in the first step, and is one step behind after it.
     """
     averaged_steps = step - stage.ema_after
+    assert isinstance(stage.ema, float)
     if averaged_steps < 0:
         return 0.0
     return min(stage.ema, 1 - (2 + averaged_steps) ** -stage.ema_power) if stage.ema_power else stage.ema
@@ -81,6 +82,16 @@ class Interval:
                 self._interval_seconds = number
             else:
                 self._interval_images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
+
+    @classmethod
+    def part(cls, stage: StageTable, total: int, count: int, seconds: float = 0.0) -> Interval:
+        """Return the interval that divides a stage of `total` steps into `count` equal parts, by time if it ends by time."""
+        interval = cls("until", 0, stage.batch, 1, seconds)
+        if count and stage.seconds is None:
+            interval._interval_images = total * stage.batch / count
+        elif count and stage.seconds is not None:
+            interval._interval_seconds = stage.seconds / count
+        return interval
 
     def count(self, steps: int) -> int:
         """Return how many of the first `steps` steps complete an interval; 0 for an interval in seconds."""

@@ -29,6 +29,9 @@ def stage_notes(stage: StageTable, name: str, steps: int, scheduler: dict[str, o
 
 def starting_share(stage: StageTable, steps: int) -> float:
     """Compute the share of the weights with which an EMA starts in its value after `steps` steps of a stage."""
+    if stage.sigma_rel:
+        return 0.0
+    assert isinstance(stage.ema, float)
     averaged_steps = max(steps - stage.ema_after, 0)
     if not stage.ema_power:
         return float(stage.ema**averaged_steps)
@@ -37,7 +40,7 @@ def starting_share(stage: StageTable, steps: int) -> float:
 
 
 def _ema_note(stage: StageTable, steps: int) -> str:
-    if not stage.ema or stage.state == "carry" or steps >= ENDLESS:
+    if not stage.ema or stage.sigma_rel or stage.state == "carry" or steps >= ENDLESS:
         return ""
     share, power = starting_share(stage, steps), 0.67 if steps >= 100_000 else 0.75
     advised = stage.model_copy(update={"ema_power": power})

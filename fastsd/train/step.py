@@ -24,6 +24,7 @@ from fastsd.data.loader import Batch
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
+from fastsd.train.averages import PowerDecays
 from fastsd.train.checksums import bit_sum
 from fastsd.train.flow import Teacher, objective_of
 from fastsd.train.gradient_sums import GradientSums
@@ -125,6 +126,7 @@ class Step:
         # Values that change from step to step lie on the device, where a captured step reads them.
         self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.trained}
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.powers = PowerDecays(stage.sigma_rel, self.device) if stage.sigma_rel else None
         self.frozen = torch.zeros((), dtype=torch.bool, device=self.device)
         self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in self.trained}
         self.objective = objective_of(model.scheduler, seed, self.ops, stage, self.device)
@@ -204,8 +206,10 @@ class Step:
         """Write the values that change from step to step to the device."""
         for name, lr in self.lrs.items():
             lr.fill_(learning_rate(self.stage, step, self.total, name))
-        if self.stage.ema:
+        if isinstance(self.stage.ema, float) and self.stage.ema:
             self.ema_decay.fill_(ema_decay(self.stage, self.carried_steps + step))
+        if self.powers:
+            self.powers.number(self.carried_steps + step)
         if self.stage.freeze_d_after:
             self.frozen.fill_(step >= self.stage.freeze_d_after)
 
@@ -214,6 +218,8 @@ class Step:
 
         Returns (loss, gradient norm, number of steps skipped).
         """
+        if self.powers:
+            self.powers.begin()
         loss = self._accumulate(StepInputs._make(inputs))
         if self._fused:
             # Every parameter was already updated when its gradient arrived.
@@ -232,6 +238,8 @@ class Step:
 
         overflows = [optimizer.finish(found_inf=found_inf) for optimizer in self.optimizers.values()]
         self.skipped += torch.stack([found_inf, *overflows]).any()
+        if self.powers:
+            self.powers.end(found_inf)
         return loss, norm, self.skipped.clone()
 
     def _accumulate(self, inputs: StepInputs) -> Tensor:
@@ -365,10 +373,11 @@ class Step:
         return {name: optimizer.step_size for name, optimizer in self.optimizers.items() if optimizer.step_size is not None}
 
     def state_dict(self, *, optimizers: bool = True) -> dict[str, Tensor]:
-        """Return the state for a checkpoint: of the optimizers ("COMPONENT|KEY"), steps skipped, EMA ("COMPONENT@ema/KEY").
+        """Return the state for a checkpoint: of the optimizers ("COMPONENT|KEY"), steps skipped, EMA ("COMPONENT@AVERAGE/KEY").
 
-        With sharded state, all ranks call this together. Rank 0 receives all of it in main memory, as of a step without shards,
-        and so do the components, until the next step. The others receive tensors without data.
+        Power-function averages also have their counts ("AVERAGE@steps", "AVERAGE@start").  With sharded state, all ranks call
+        this together. Rank 0 receives all of it in main memory, as of a step without shards, and so do the components, until
+        the next step. The others receive tensors without data.
         """
         for component in self.components.values():
             component.collect()
@@ -379,8 +388,8 @@ class Step:
             tensors = flat_state(optimizer, component.names, component.layout.views, **whole)
             state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
         for name, component in self.components.items():
-            state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
-        return state
+            state |= {f"{name}@{key}": tensor for key, tensor in component.ema_state().items()}
+        return state | (self.powers.state(self.stage.averages) if self.powers else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state bit by bit. Without EMA weights in `state`, those of the step stay as they are."""
@@ -395,11 +404,18 @@ class Step:
         self.load_averages(state)
 
     def load_averages(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the EMA weights. Those which are not in `state` stay as they are."""
-        for name, component in self.components.items():
-            for i, key in enumerate(component.names):
-                if f"{name}@ema/{key}" in state:  # missing if EMA was enabled only now
-                    component.load_average(i, state[f"{name}@ema/{key}"])
+        """Restore the averages. Those which are not in `state`, because they were enabled only now, stay as they are."""
+        averages = self.powers.state(self.stage.averages) if self.powers else {}
+        for key, counts in averages.items():
+            if key in state:
+                counts.copy_(state[key])
+        for k, average in enumerate(self.stage.averages):
+            if self.powers and f"{average}@steps" in state:
+                self.powers.continues(k)
+            for name, component in self.components.items():
+                for i, parameter in enumerate(component.names):
+                    if (key := f"{name}@{average}/{parameter}") in state:
+                        component.load_average(k, i, state[key])
 
     def collect_averages(self) -> None:
         """With sharded state, give the EMA of each component to all ranks, until the next step. All ranks must call this."""
@@ -444,8 +460,8 @@ class Step:
         args = name, self.model.component(name), self.trained.get(name, set()), stage.precision
         accumulates = stage.batch > self.micro_batch_size  # also over ranks
         sharing = self.ranks if stage.shard_state and self.ranks.world > 1 else None
-        arena, ema = not stage.fused_backward, stage.ema > 0
-        return TrainableComponent(*args, accumulates=accumulates, arena=arena, ema=ema, sharing=sharing)
+        arena = not stage.fused_backward
+        return TrainableComponent(*args, accumulates=accumulates, arena=arena, averages=stage.averages, sharing=sharing)
 
     def _optimizer(self, name: str) -> FastOptimizer:
         stage, implementation = self.stage, optimizer_class(self.stage.optimizer)
@@ -457,7 +473,8 @@ class Step:
         optimizer = self.components[name].optimize(partial(implementation, **settings))
         (group,) = optimizer.param_groups
         group["lr"] = self.lrs[name]
-        group["ema_decay"] = self.ema_decay if stage.ema_power or stage.ema_after else stage.ema
+        decay = self.ema_decay if stage.ema_power or stage.ema_after else stage.ema
+        group["ema_decay"] = self.powers.decays_K if self.powers else decay
         if stage.freeze_d_after:
             optimizer.frozen = self.frozen
         return optimizer

@@ -4,7 +4,7 @@
                 half; together they are the exact fp32 master (`fastsd_kernels/arena.py`)
     gradient    in the dtype of the weights, but fp32 if a bf16 component accumulates micro-batches
     state       of the optimizer, in the same layout
-    ema         fp32, optional
+    ema         averages of the weights, fp32, an arena for each
 
 One launch updates a component. The matmuls of the UNet's linears write their gradients into the arena; every other gradient
 is consumed as soon as autograd produces it. The first gradient of a step overwrites the arena and the others add to it, so
@@ -59,10 +59,13 @@ class Layout:
         return start, start + shape.numel()
 
     def view(self, flat: Tensor, i: int) -> Tensor:
-        return flat.as_strided(*self._locations[i])
+        """Return tensor number i of a flat tensor. Of several flat tensors, stacked, return all its versions, stacked."""
+        shape, strides, start = self._locations[i]
+        *count, _ = flat.shape
+        return flat.as_strided((*count, *shape), (*flat.stride()[:-1], *strides), flat.storage_offset() + start)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        return [flat.as_strided(*location) for location in self._locations]
+        return [self.view(flat, i) for i in range(len(self._locations))]
 
     def without_data(self, _: Tensor) -> list[Tensor]:
         """Return fp32 tensors of the shapes of the views."""
@@ -172,16 +175,16 @@ class TrainableComponent:
         precision: "fp32", "tf32" or "bf16".
         accumulates: True if a step has several micro-batches.
         arena: collect gradients in an arena. If False, `send_gradients` says who receives them.
-        ema: maintain an EMA of the weights.
-        sharing: the ranks between which low halves, EMA and optimizer state are divided; None = this process has them all.
+        averages: names of the EMAs of the weights to maintain.
+        sharing: the ranks between which low halves, EMAs and optimizer state are divided; None = this process has them all.
 
     Attributes:
         master_hi: the flat weights that the module computes with, or None if nothing is trained.
         master_lo: their flat low halves with bf16, otherwise None.
         gradients: the gradient arena, or None.
-        ema: the flat EMA weights, or None.
+        ema: the flat EMA weights (K, size) of the K names in `averages`, or None.
         shards: the division of the arena between the ranks, or None. `master_lo` and `ema` then are None, except between
-            `collect` and `drop_collected`, and `pieces_lo` and `pieces_ema` have this rank's pieces of them.
+            `collect` and `drop_collected`, and `pieces_lo` and `pieces_ema` (K, elements) have this rank's pieces of them.
     """
 
     def __init__(
@@ -193,7 +196,7 @@ class TrainableComponent:
         *,
         accumulates: bool = False,
         arena: bool = True,
-        ema: bool = False,
+        averages: Sequence[str] = (),
         sharing: Ranks | None = None,
     ) -> None:
         self.name, self.module, self.dtype = name, module, COMPUTE_DTYPE[precision]
@@ -205,6 +208,7 @@ class TrainableComponent:
         self.master_hi: Tensor | None = None
         self.master_lo: Tensor | None = None
         self.gradients: GradientArena | None = None
+        self.averages = list(averages) if self.weights else []
         self.ema: Tensor | None = None
         self.pieces_lo: list[Tensor] = []
         self.pieces_ema: list[Tensor] = []
@@ -217,7 +221,7 @@ class TrainableComponent:
         with torch.no_grad():
             self._split_frozen()
             if self.weights:
-                self._move_to_arenas(ema=ema)
+                self._move_to_arenas()
         for weight in self.weights:
             weight.requires_grad_()
         if self.master_hi is not None and arena:
@@ -231,21 +235,22 @@ class TrainableComponent:
             master_hi, master_lo = split_master(parameter.data)
             parameter.data, self._frozen_lo[name] = master_hi, master_lo.cpu()
 
-    def _move_to_arenas(self, *, ema: bool) -> None:
+    def _move_to_arenas(self) -> None:
         """Move the trained parameters into arenas one by one, so that at most one parameter exists twice at a time."""
         device = self.weights[0].device
         self.master_hi = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
-        halves = self.dtype != torch.float32
+        halves, count = self.dtype != torch.float32, len(self.averages)
         if self.shards:
             parts = self.shards.of(self.master_hi)
             self.pieces_lo = [torch.zeros_like(part, dtype=torch.int16) for part in parts if halves]
-            self.pieces_ema = [torch.zeros_like(part, dtype=torch.float32) for part in parts if ema]
+            self.pieces_ema = [torch.zeros(count, len(part), device=device) for part in parts if count]
         else:
             self.master_lo = torch.zeros_like(self.master_hi, dtype=torch.int16) if halves else None
-            self.ema = torch.zeros_like(self.master_hi, dtype=torch.float32) if ema else None
+            self.ema = torch.zeros(count, self.layout.size, device=device) if count else None
         for i, weight in enumerate(self.weights):
             view = self.layout.view(self.master_hi, i)
-            self._write(self.ema, self.pieces_ema, i, weight.data)
+            for k in range(count):
+                self.load_average(k, i, weight.data)
             if not halves:
                 view.copy_(weight.data)
             else:
@@ -267,9 +272,9 @@ class TrainableComponent:
         assert self.shards is not None
         self.shards.write(pieces, *self.layout.in_memory_order(tensor, i))
 
-    def load_average(self, i: int, tensor: Tensor) -> None:
-        """Restore the EMA of parameter number i, if there is an EMA."""
-        self._write(self.ema, self.pieces_ema, i, tensor)
+    def load_average(self, k: int, i: int, tensor: Tensor) -> None:
+        """Restore average number k of parameter number i."""
+        self._write(None if self.ema is None else self.ema[k], [piece[k] for piece in self.pieces_ema], i, tensor)
 
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Return what this rank updates of a tensor in the layout of the arena."""
@@ -283,7 +288,8 @@ class TrainableComponent:
         if self.shards is None:
             return
         if self.pieces_ema and self.ema is None:
-            self.ema = self.shards.whole(self.pieces_ema, everywhere=True)
+            wholes = [self.shards.whole(list(pieces), everywhere=True) for pieces in zip(*self.pieces_ema, strict=True)]
+            self.ema = torch.stack(wholes)
         if self.pieces_lo and lows:
             self.master_lo = self.shards.whole(self.pieces_lo, everywhere=everywhere)
 
@@ -344,16 +350,24 @@ class TrainableComponent:
         return tensors
 
     def ema_state(self) -> dict[str, Tensor]:
-        """Return the EMA weights as fp32 views by parameter name. Empty without an EMA, or if it is not collected."""
-        return {} if self.ema is None else dict(zip(self.names, self.layout.views(self.ema), strict=True))
+        """Return the EMA weights as fp32 views by "AVERAGE/PARAMETER". Empty without an EMA, or if it is not collected."""
+        flats = [] if self.ema is None else zip(self.averages, self.ema, strict=True)
+        views = {average: zip(self.names, self.layout.views(flat), strict=True) for average, flat in flats}
+        return {f"{average}/{name}": view for average, named in views.items() for name, view in named}
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Use the EMA weights inside the block. The weights are kept in main memory, and then restored bit for bit."""
-        assert self.master_hi is not None and self.ema is not None
+    def averaged(self, average: str) -> Iterator[None]:
+        """Use an average's weights inside the block, if the component has one of that name.
+
+        The weights are kept in main memory, and then restored bit for bit.
+        """
+        if self.master_hi is None or self.ema is None or average not in self.averages:
+            yield
+            return
+        ema = self.ema[self.averages.index(average)]
         saved_weights = torch.empty_like(self.master_hi, device="cpu").copy_(self.master_hi)
         try:
-            for view, ema_view in zip(self.layout.views(self.master_hi), self.layout.views(self.ema), strict=True):
+            for view, ema_view in zip(self.layout.views(self.master_hi), self.layout.views(ema), strict=True):
                 view.copy_(compute_weight(ema_view, self.dtype))
             yield
         finally:

@@ -29,6 +29,7 @@ from torch import Tensor
 from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
+    averages_layout,
     chunks,
     finite,
     finite_or_unchanged,
@@ -106,8 +107,8 @@ def corrections(
 
 
 @triton.jit
-def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask):
-    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _ = options
+def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask, EMAS: tl.constexpr):
+    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _, _ = options
     one_minus_beta1, beta2, one_minus_beta2 = betas
     if should_step(found_inf_ptr):
         decay, step_size, correction2 = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
@@ -122,23 +123,23 @@ def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, o
         is_finite = finite(new_p) & finite(new_m) & finite(new_v)
         tl.store(m_ptr + start + offs, tl.where(is_finite, new_m, m), mask)
         tl.store(v_ptr + start + offs, tl.where(is_finite, new_v, v), mask)
-        store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask)
+        store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask, EMAS)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _adamw(
     p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
-    one_minus_beta1, beta2, one_minus_beta2, eps, n,
-    BLOCK: tl.constexpr,
+    one_minus_beta1, beta2, one_minus_beta2, eps, n, ema_stride,
+    BLOCK: tl.constexpr, EMAS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
-    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr, ema_stride
     betas = one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
-        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None)
+        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None, EMAS)
     else:
-        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, offs < n - start)
+        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, offs < n - start, EMAS)
 
 
 def adamw_step(
@@ -161,8 +162,9 @@ def adamw_step(
     n, tile = p.numel(), TILES["adamw"]
     operands = p, g, m, v, factors, master_lo, ema, ema_gain, scale, found_inf, overflow
     betas = 1 - beta1, beta2, 1 - beta2
+    ema_stride, count = averages_layout(ema)
     if n:
-        launch(_adamw, (triton.cdiv(n, tile.span),), *operands, *betas, eps, n, **tile.options())
+        launch(_adamw, (triton.cdiv(n, tile.span),), *operands, *betas, eps, n, ema_stride, **tile.options(EMAS=count))
 
 
 _adamw_op = custom_op("adamw", mutates_args=("p", "m", "v", "master_lo", "ema", "overflow"))(adamw_step)

@@ -17,7 +17,7 @@ without its payload: rounded like a number, 0x7fffffff would carry into -0.0 and
 
 Options of all three (`StepOptions`), applied in the pass that has the element in registers:
 
-    g = g * scale                                       ema = ema + (1 - ema_decay)(p - ema)
+    g = g * scale                                       ema_k = ema_k + (1 - ema_decay_k)(p - ema_k)        k = 1 .. K
 
 No number becomes infinite or NaN.  Finite gradients can still give such an update: an absurd lr, a square that overflows.  An
 element whose new weight or state would not be `finite` keeps its weight and state, an EMA that would not be keeps its value,
@@ -88,11 +88,12 @@ def masters(
             for *halves, master in zip(params, masters_lo, fp32_params, strict=True):
                 for half, new in zip(halves, split_master(master), strict=True):
                     half.copy_(new)
-    if emas:
-        with finite_or_unchanged(emas, found_inf=found_inf):
-            change = torch._foreach_sub(list(fp32_params), list(emas))
-            torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
-            torch._foreach_add_(list(emas), change)
+    for k, gain in enumerate(ema_gains(emas, options.get("ema_decay", EMA_DECAY)).unbind() if emas else ()):
+        averages = [ema[k] for ema in emas or ()]
+        with finite_or_unchanged(averages, found_inf=found_inf):
+            change = torch._foreach_sub(list(fp32_params), averages)
+            torch._foreach_mul_(change, gain)
+            torch._foreach_add_(averages, change)
 
 
 def chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
@@ -244,9 +245,9 @@ def load_parameter(p_ptr, master_lo_ptr, start, offs, mask):
 
 
 @triton.jit
-def store_parameter(p, is_finite, p_ptr, options, start, offs, mask):
+def store_parameter(p, is_finite, p_ptr, options, start, offs, mask, EMAS: tl.constexpr):
     """Store the parameters of a tile and update their EMAs. Set the flag `overflow` if `is_finite` is not true of all."""
-    master_lo_ptr, ema_ptr, ema_gain_ptr, _, _, overflow_ptr = options
+    master_lo_ptr, ema_ptr, ema_gain_ptr, _, _, overflow_ptr, ema_stride = options
     if master_lo_ptr is None:
         tl.store(p_ptr + start + offs, p, mask)
     else:
@@ -255,10 +256,11 @@ def store_parameter(p, is_finite, p_ptr, options, start, offs, mask):
         master_hi = tl.where(nan, 0x7FC0, (bits + 0x8000) >> 16).to(tl.int16)
         tl.store(p_ptr + start + offs, master_hi.to(tl.bfloat16, bitcast=True), mask)
         tl.store(master_lo_ptr + start + offs, tl.where(nan, 0, bits).to(tl.int16), mask)
-    if ema_ptr is not None:
+    for k in tl.static_range(EMAS):
         ema = load(ema_ptr, start, offs, mask)
-        new_ema = ema + tl.load(ema_gain_ptr) * (p - ema)
+        new_ema = ema + tl.load(ema_gain_ptr + k) * (p - ema)
         tl.store(ema_ptr + start + offs, tl.where(finite(new_ema), new_ema, ema), mask)
+        ema_ptr += ema_stride  # a pointer, because K arenas may pass 2^31 elements
     if overflow_ptr is not None:
         overflows = is_finite == 0
         if mask is not None:
@@ -305,8 +307,8 @@ class TensorOptions(NamedTuple):
     """Optional operands of one launch, in the order in which ops and kernels take them."""
 
     master_lo: Tensor | None
-    ema: Tensor | None
-    ema_gain: Tensor | None  # 0-dim fp32, 1 - decay
+    ema: Tensor | None  # K averages along a leading dimension
+    ema_gain: Tensor | None  # fp32 (K,), 1 - decay
     scale: Tensor | None
     found_inf: Tensor | None
     overflow: Tensor | None
@@ -315,6 +317,19 @@ class TensorOptions(NamedTuple):
 def scalars(device: torch.device, *values: float | Tensor) -> Tensor:
     """Return numbers as one fp32 vector on the device, each rounded once. Nothing is copied from the host."""
     return torch.stack([v.float() if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
+
+
+def ema_gains(emas: Sequence[Tensor], decay: float | Tensor) -> Tensor:
+    """Return 1 - decay of each of the K averages, fp32 (K,). Raises ValueError unless there are K decays."""
+    gains = scalars(emas[0].device, 1 - decay).flatten()
+    if any(len(ema) != len(gains) for ema in emas):
+        raise ValueError(f"ema_decay has {len(gains)} numbers for {len(emas[0])} averages; give one each")
+    return gains
+
+
+def averages_layout(ema: Tensor | None) -> tuple[int, int]:
+    """Return the elements from one average of a parameter to the next, 0 where there is no next, and the number of averages."""
+    return (0, 0) if ema is None else (ema.stride(0) if len(ema) > 1 else 0, len(ema))
 
 
 def operands(
@@ -337,17 +352,17 @@ def operands(
     flags = options.get("scale"), options.get("found_inf"), options.get("overflow")
     ema_decay = options.get("ema_decay", EMA_DECAY)
     scalar_tensors = [t for t in (*flags, ema_decay, *device_scalars) if isinstance(t, Tensor)]
-    gain = None if emas is None else scalars(params[0].device, 1 - ema_decay)[0]
+    gains = ema_gains(emas, ema_decay) if emas else None
     absent = (None,) * len(params)
     result = []
     for p, g, *state, master_lo, ema in zip(params, grads, *states, masters_lo or absent, emas or absent, strict=True):
-        fp32_states = [t for t in (*state, ema) if t is not None]
+        fp32_states = [*state, *(() if ema is None else ema)]
         require_device(op, p, g, master_lo, *fp32_states, *scalar_tensors)
         require_dtypes(op, p, g, master_lo, *fp32_states)
         for t in (p, g, master_lo, *fp32_states):
             if t is not None and (not dense(t) or memory_order(t) != memory_order(p)):
                 raise layout_error(op, t, p)
-        result.append(((p, g, *state), TensorOptions(master_lo, ema, gain, *flags)))
+        result.append(((p, g, *state), TensorOptions(master_lo, ema, gains, *flags)))
     return result
 
 
@@ -358,10 +373,12 @@ def step_calls(step: Callable[[Tensor, Tensor, Tensor, TensorOptions], object]) 
     for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
         p = meta(n, dtype=DTYPES["fp32" if mode == "fp32" else "bf16"])
         master_lo = None if mode == "fp32" else meta(n, dtype=torch.int16)
-        for ema, scale in ((None, None), (None, scalar), (state, None), (state, scalar)):
-            options = TensorOptions(master_lo, ema, None if ema is None else scalar, scale, flag, flag)
+        for count, scale in ((0, None), (0, scalar), (1, None), (1, scalar), (2, None), (4, scalar)):
+            ema, gains = (meta(count, n), meta(count)) if count else (None, None)
+            options = TensorOptions(master_lo, ema, gains, scale, flag, flag)
             step(p, meta(n, dtype=DTYPES[gradients]), state, options)
-            extras = [name for name, t in (("EMA", ema), ("scale", scale)) if t is not None]
+            names = ("", "EMA", "2 EMAs", "", "4 EMAs")[count], "scale" if scale is not None else ""
+            extras = [name for name in names if name]
             yield " and ".join([f"{gradients} gradients", *extras]), mode
 
 

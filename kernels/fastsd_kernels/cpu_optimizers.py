@@ -29,7 +29,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from fastsd_kernels.arena import EMA_DECAY, dense, layout_error, memory_order, require_dtypes, scalars
+from fastsd_kernels.arena import EMA_DECAY, averages_layout, dense, ema_gains, layout_error, memory_order, require_dtypes
 from fastsd_kernels.ops import StepOptions
 
 _SOURCE = Path(__file__).with_name("optimizers.c")
@@ -38,7 +38,7 @@ _FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-
 # The first set that works is used. A compiler without OpenMP (Apple's) makes single-threaded kernels.
 _MACHINES = [["-march=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"]]
 
-_SPAN, _WORDS = 16384, 10  # elements of a span and words of a `Row`, as in optimizers.c
+_SPAN, _WORDS = 16384, 12  # elements of a span and words of a `Row`, as in optimizers.c
 _POINTER = ctypes.c_void_p
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # p, g, m, s, master_lo, ema
 
@@ -48,7 +48,7 @@ class _Options(ctypes.Structure):
 
     _fields_ = [
         ("scale", _POINTER),
-        ("ema_gain", _POINTER),
+        ("ema_gains", _POINTER),
         ("found_inf", _POINTER),
         ("overflow", _POINTER),
         ("threads", ctypes.c_int32),
@@ -152,7 +152,8 @@ def operands(
     rows = list(zip(params, grads, *two_states, masters_lo or absent, emas or absent, strict=True))
     for p, g, m, s, master_lo, ema in rows:
         shape, stride = p.shape, p.stride()
-        for t in (p, g, m, s, master_lo, ema):
+        fp32_states = m, s, *(() if ema is None else ema)
+        for t in (p, g, master_lo, *fp32_states):
             if t is None:
                 continue
             if not t.is_cpu:
@@ -161,7 +162,7 @@ def operands(
                 continue
             if not dense(t) or memory_order(t) != memory_order(p):
                 raise layout_error(op, t, p)
-        require_dtypes(op, p, g, master_lo, m, s, ema)
+        require_dtypes(op, p, g, master_lo, *fp32_states)
     return rows
 
 
@@ -181,7 +182,8 @@ def call(
         n = g.numel()
         if n:
             words += (0 if t is None else t.data_ptr() for t in (p, g, *extras))
-            words += (address + i * step, g.dtype == torch.bfloat16, n, spans)
+            words += (*averages_layout(extras[-1]), address + i * step)
+            words += (g.dtype == torch.bfloat16, n, spans)
             spans += -(-n // _SPAN)
     count = len(words) // _WORDS
     sums_2P = torch.empty(2, count, dtype=torch.float64)
@@ -191,10 +193,11 @@ def call(
     # C gets addresses, so these must live until the call is over.
     scale, found_inf, overflow = options.get("scale"), options.get("found_inf"), options.get("overflow")
     scale = None if scale is None else scale.float()
-    gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
+    emas = options.get("emas")
+    gains = ema_gains(emas, options.get("ema_decay", EMA_DECAY)) if emas else None
     found_inf = None if found_inf is None else found_inf != 0
     scratch_2K = torch.empty(2, spans, dtype=torch.float64)
-    addresses = (0 if t is None else t.data_ptr() for t in (scale, gain, found_inf, overflow))
+    addresses = (0 if t is None else t.data_ptr() for t in (scale, gains, found_inf, overflow))
     c_options = _Options(*addresses, torch.get_num_threads())
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
 

@@ -43,6 +43,7 @@ from torch import Tensor
 from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
+    averages_layout,
     chunks,
     finite,
     finite_or_unchanged,
@@ -160,10 +161,10 @@ def dlion_estimate_reference(
 
 
 @triton.jit
-def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
+def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, EMAS: tl.constexpr):
     """Step elements start .. stop, in whole blocks unless BOUNDED. Returns their <u, s> and |s|_1."""
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr = operands
-    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _ = options
+    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _, _ = options
     beta1, one_minus_beta1, beta2, sb = betas
     decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
     m_gain, s_gain = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
@@ -190,7 +191,7 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLO
             l1 += tl.abs(s)
             tl.store(s_ptr + start + offs, s, mask)
             tl.store(m_ptr + start + offs, tl.where(is_finite, new_m, m), mask)
-            store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask)
+            store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask, EMAS)
         start += BLOCK
     return pair_sum(dots), pair_sum(l1)
 
@@ -198,20 +199,20 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLO
 @triton.jit(do_not_specialize=["n"])
 def _dlion(
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
-    sums_ptr, beta1, one_minus_beta1, beta2, sb, n,
-    BLOCK: tl.constexpr, TIMES: tl.constexpr,
+    sums_ptr, beta1, one_minus_beta1, beta2, sb, n, ema_stride,
+    BLOCK: tl.constexpr, TIMES: tl.constexpr, EMAS: tl.constexpr,
 ):  # fmt: skip
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES
     operands = p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr
-    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr, ema_stride
     betas = beta1, one_minus_beta1, beta2, sb
     if stop <= n:
-        dot, l1 = _step_span(operands, options, betas, start, stop, BOUNDED=False, BLOCK=BLOCK)
+        dot, l1 = _step_span(operands, options, betas, start, stop, BOUNDED=False, BLOCK=BLOCK, EMAS=EMAS)
     else:
         # Narrow blocks: single elements need an address each, and registers for 8 of them in every stream run out.
-        dot, l1 = _step_span(operands, options, betas, start, n, BOUNDED=True, BLOCK=BLOCK // 2)
+        dot, l1 = _step_span(operands, options, betas, start, n, BOUNDED=True, BLOCK=BLOCK // 2, EMAS=EMAS)
     tl.store(sums_ptr + i_span, dot)
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
@@ -258,8 +259,9 @@ def dlion_step(
     sums_2K = p.new_empty(2, programs, dtype=torch.float32)
     operands = p, g, m, s, factors, master_lo, ema, ema_gain, scale, found_inf, overflow, sums_2K
     betas = beta1, 1 - beta1, beta2, beta2**0.5
+    ema_stride, count = averages_layout(ema)
     if n:
-        launch(_dlion, (programs,), *operands, *betas, n, **tile.options(TIMES=tile.times))
+        launch(_dlion, (programs,), *operands, *betas, n, ema_stride, **tile.options(TIMES=tile.times, EMAS=count))
     return sums_2K
 
 

@@ -6,7 +6,7 @@
 
 Layout: lists of fp32 tensors of any shape and strides; p, g, m of one parameter lie at the same place in their lists.
 Kernels need dense ones.  p may be bf16 with low halves, and g may be bf16: see `arena.py`.
-Bytes moved per element: 20, for p, m, g read and p, m written; 18 with g in bf16; 8 more for an EMA.  In
+Bytes moved per element: 20, for p, m, g read and p, m written; 18 with g in bf16; 8 more for each EMA.  In
 PyTorch each line above is one or two operations, in lion-pytorch's order, so on a CPU the result has its bits.  The
 kernel has the reference's bits.
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
+    averages_layout,
     chunks,
     finite,
     finite_or_unchanged,
@@ -84,8 +85,8 @@ def lion_reference(
 
 
 @triton.jit
-def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask):
-    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _ = options
+def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, EMAS: tl.constexpr):
+    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _, _ = options
     beta1, one_minus_beta1, beta2, one_minus_beta2 = betas
     if should_step(found_inf_ptr):
         decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
@@ -96,23 +97,23 @@ def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask):
         new_p, new_m = p * decay + update * step, fma(g, one_minus_beta2, m * beta2)
         is_finite = finite(new_p) & finite(new_m)
         tl.store(m_ptr + start + offs, tl.where(is_finite, new_m, m), mask)
-        store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask)
+        store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask, EMAS)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _lion(
     p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, n,
-    BLOCK: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, n, ema_stride,
+    BLOCK: tl.constexpr, EMAS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
-    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr, ema_stride
     betas = beta1, one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
-        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None)
+        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None, EMAS)
     else:
-        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, offs < n - start)
+        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, offs < n - start, EMAS)
 
 
 def lion_step(
@@ -133,8 +134,9 @@ def lion_step(
     n, tile = p.numel(), TILES["lion"]
     operands = p, g, m, factors, master_lo, ema, ema_gain, scale, found_inf, overflow
     betas = beta1, 1 - beta1, beta2, 1 - beta2
+    ema_stride, count = averages_layout(ema)
     if n:
-        launch(_lion, (triton.cdiv(n, tile.span),), *operands, *betas, n, **tile.options())
+        launch(_lion, (triton.cdiv(n, tile.span),), *operands, *betas, n, ema_stride, **tile.options(EMAS=count))
 
 
 _lion_op = custom_op("lion", mutates_args=("p", "m", "master_lo", "ema", "overflow"))(lion_step)

@@ -35,8 +35,10 @@ class StepOptions(TypedDict, total=False):
             be finite. It is never set to false.
         masters_lo: int16, low halves of the masters. The parameters, then bf16, are the high halves.
         scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
-        emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
-        ema_decay: a float or a 0-dim tensor on the device; fp64, because 1 - decay is small. `arena.EMA_DECAY` by default.
+        emas: fp32, K averages of each parameter along a leading dimension, moved towards its new value:
+            ema_k + (1 - ema_decay_k)(p - ema_k).
+        ema_decay: a float if K is 1, or a tensor of K numbers on the device; fp64, because 1 - decay is small.
+            `arena.EMA_DECAY` by default.
     """
 
     found_inf: Tensor | None

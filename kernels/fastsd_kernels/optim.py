@@ -40,8 +40,8 @@ class FastOptimizer(Optimizer):
     elements in total: there the reference is as fast, and its sums and roots equal the original optimizers' to the last bit.
 
     A group may hold two lists parallel to its "params".  "masters_lo" has int16 halves, which make bf16 parameters exact fp32
-    masters.  "emas" has fp32 averages, which are updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim
-    fp64 device tensor.
+    masters.  "emas" has fp32 averages, K of each parameter along a leading dimension, which are updated with "ema_decay"
+    (see `StepOptions` in `fastsd_kernels/ops.py`).  lr may be a 0-dim fp64 device tensor.
     """
 
     name: ClassVar[str]

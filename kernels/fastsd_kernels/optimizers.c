@@ -24,25 +24,27 @@
 
 enum { TILE = 512, SPAN = 16384, LANES = 16 };
 
-/* One tensor with its gradient and states, as cpu_optimizers.py writes it: ten words of 64 bits. */
+/* One tensor with its gradient and states, as cpu_optimizers.py writes it: twelve words of 64 bits. */
 typedef struct {
     void *p;              /* float, or master_hi (bf16) if there is a `master_lo` */
     void *g;              /* float, or bf16 if `g16` is set */
     float *m, *s;         /* states; Lion has no s */
     int16_t *master_lo;   /* NULL if p is fp32 */
-    float *ema;           /* NULL without an EMA */
+    float *ema;           /* averages of p; NULL without any */
+    int64_t ema_stride;   /* elements from one average to the next */
+    int64_t emas;         /* number of averages */
     const float *factors; /* factors of this step, such as the learning rate */
     int64_t g16;        /* nonzero if g is bf16 */
     int64_t n;          /* elements, at least one */
     int64_t first_span; /* number of its first span among those of all tensors */
 } Row;
 
-_Static_assert(sizeof(Row) == 80, "cpu_optimizers.py writes ten words of 64 bits");
+_Static_assert(sizeof(Row) == 96, "cpu_optimizers.py writes twelve words of 64 bits");
 
 typedef struct {
-    const float *scale, *ema_gain; /* each may be NULL */
-    const uint8_t *found_inf;      /* if nonzero, no byte of p, m, s, master_lo and ema changes; may be NULL */
-    uint8_t *overflow;             /* set to 1 if an element kept its weight and state, see `finite`; may be NULL */
+    const float *scale, *ema_gains; /* each may be NULL; one gain for each average */
+    const uint8_t *found_inf;       /* if nonzero, no byte of p, m, s, master_lo and ema changes; may be NULL */
+    uint8_t *overflow;              /* set to 1 if an element kept its weight and state, see `finite`; may be NULL */
     int32_t threads;
 } Options;
 
@@ -225,7 +227,7 @@ static int update_tile(Update *update, const Row *row, const Options *o, const f
         else g = g32;
         overflow = update(n, p, g, offset32(row->m, at), offset32(row->s, at), sums, row->factors, constants);
         if (master_lo) split(n, p, master_hi, master_lo);
-        if (ema) update_ema(n, ema, p, *o->ema_gain);
+        for (int64_t k = 0; k < row->emas; k++) update_ema(n, ema + k * row->ema_stride, p, o->ema_gains[k]);
     }
     return overflow;
 }

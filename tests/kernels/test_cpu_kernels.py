@@ -19,6 +19,7 @@ from optimizer_runs import (
     NAMES,
     OptimizerRun,
     bits,
+    check_averages,
     check_found_inf_false,
     check_huge_gradients,
     check_options,
@@ -121,6 +122,19 @@ def test_options_equal_the_reference(name, dtype, halves):
     check_options(runs, dtype, steps=6)
 
 
+@pytest.mark.parametrize("ops", [CPU, REFERENCE], ids=["cpu", "reference"])
+@pytest.mark.parametrize("name, halves", [("lion", True), ("dlion", False), ("adamw", True)])
+def test_several_averages_have_the_bits_of_single_ones(name, halves, ops):
+    check_averages(ops, name, random_tensors(2, SHAPES, scale=0.1), halves)
+
+
+def test_averages_need_one_decay_each():
+    p, emas = torch.zeros(4), torch.zeros(2, 4)
+    for ops, decay, count in ((CPU, 0.9, 1), (REFERENCE, torch.zeros(3), 3)):
+        with refused("average-decays", ValueError, count=count, averages=2):
+            ops.lion([p], [p.clone()], [p.clone()], lr=1e-3, emas=[emas], ema_decay=decay)
+
+
 @pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
 @pytest.mark.parametrize("name", NAMES)
 def test_edge_values_equal_the_reference(name, halves):
@@ -134,7 +148,7 @@ def test_edge_values_equal_the_reference(name, halves):
     for run in runs:
         run.states[0][0].copy_(columns[1])
         run.d.fill_(1e-3)
-        run.options["emas"] = [columns[2].clone()]
+        run.options["emas"] = [columns[2].clone()[None]]
         run.step([columns[2].clone()], 0.5, weight_decay=0.1)
     for ours, reference in zip(*(run.everything()[:-2] for run in runs), strict=True):
         nan = reference.isnan()

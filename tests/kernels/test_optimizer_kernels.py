@@ -21,7 +21,9 @@ from optimizer_runs import (
     NAMES,
     NoReadBack,
     OptimizerRun,
+    averages,
     bits,
+    check_averages,
     check_found_inf_false,
     check_huge_gradients,
     check_options,
@@ -121,6 +123,11 @@ def test_options_equal_the_reference(name, dtype, halves):
     check_options([run_of(name, params, kernels, halves) for kernels in (True, False)], dtype, steps=4)
 
 
+@pytest.mark.parametrize("name, halves", [("lion", True), ("dlion", False), ("adamw", True)])
+def test_several_averages_have_the_bits_of_single_ones(name, halves):
+    check_averages(TRITON, name, random_tensors(2, [(5000,), (8, 5, 3, 3)], scale=0.1), halves)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # the interpreter's NumPy
 @pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
 @pytest.mark.parametrize("name, lr, size, d", [(name, *case) for name in NAMES for case in ABSURD[name]])
@@ -199,8 +206,8 @@ def _rejoin(master_ptr, master_hi_ptr, master_lo_ptr, back_ptr, BLOCK: tl.conste
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     master = tl.load(master_ptr + start + offs)
-    options = master_lo_ptr, None, None, None, None, None
-    store_parameter(master, True, master_hi_ptr, options, start, offs, None)
+    options = master_lo_ptr, None, None, None, None, None, 0
+    store_parameter(master, True, master_hi_ptr, options, start, offs, None, 0)
     tl.store(back_ptr + start + offs, load_parameter(master_hi_ptr, master_lo_ptr, start, offs, None))
 
 
@@ -274,10 +281,16 @@ def test_clip_scale():
 def test_an_arena_takes_few_launches_and_reads_nothing_back(name, launches):
     params, grads = random_tensors(12, [(3083,)]), random_tensors(13, [(3083,)])
     run = run_of(name, params, True, halves=True)
-    run.options["emas"] = [p.clone() for p in params]
+    run.options |= {"emas": averages(params, 2), "ema_decay": torch.tensor([0.9, 0.99], device=DEVICE)}
     with recording(86) as recorded, NoReadBack():
         norm, found_inf = gradient_norm_triton(grads)
-        run.step(grads, LR[name], found_inf=found_inf, scale=clip_scale(norm, 1.0))
+        run.step(
+            grads,
+            LR[name],
+            found_inf=found_inf,
+            scale=clip_scale(norm, 1.0),
+            ema_decay=torch.tensor([0.9, 0.99], device=DEVICE),
+        )
     assert len(recorded) == 2 + launches
 
 
@@ -295,9 +308,9 @@ def operands(halves):
     p = torch.randn(shape, device=DEVICE)
     master_hi, master_lo = split_master(p)
     state = [torch.rand(shape, device=DEVICE) for _ in range(4)]
-    gain, scale = scalars(p.device, 0.01)[0], torch.ones((), device=DEVICE)
+    ema, gains, scale = torch.stack([state[3]] * 2), scalars(p.device, 0.01, 0.1), torch.ones((), device=DEVICE)
     flags = [torch.tensor(False, device=DEVICE) for _ in range(2)]
-    options = (master_lo, state[3], gain, scale, *flags) if halves else (None,) * 6
+    options = (master_lo, ema, gains, scale, *flags) if halves else (None,) * 6
     return (master_hi, state[0].bfloat16(), *state[1:3]) if halves else (p, *state[:3]), options
 
 

@@ -157,9 +157,17 @@ def test_checkpoints_are_ordered_by_their_steps(tmp_path):
 
 def test_averages_are_found_by_component(tmp_path):
     assert averages_of(tmp_path) == {}  # a model without training state
-    tensors = {"unet@ema/a.b": torch.ones(2), "unet@ema/c": torch.zeros(1), "text_encoder@ema/a": torch.ones(3)}
-    write_safetensors(tmp_path / checkpoint.TENSORS, tensors | {"unet|d": torch.ones(1), "loss": torch.ones(1)})
-    averages = averages_of(tmp_path)
+    tensors = {"unet@ema-0.1/a.b": torch.ones(2), "unet@ema-0.1/c": torch.zeros(1), "text_encoder@ema-0.1/a": torch.ones(3)}
+    tensors |= {
+        "unet@ema-0.05/c": torch.ones(1),
+        "unet|d": torch.ones(1),
+        "loss": torch.ones(1),
+        "ema-0.1@steps": torch.ones(1),
+    }
+    write_safetensors(tmp_path / checkpoint.TENSORS, tensors)
+    by_name = averages_of(tmp_path)
+    assert list(by_name) == ["ema-0.05", "ema-0.1"] and torch.equal(by_name["ema-0.05"]["unet"]["c"], torch.ones(1))
+    averages = by_name["ema-0.1"]
     assert {name: set(values) for name, values in averages.items()} == {"unet": {"a.b", "c"}, "text_encoder": {"a"}}
     assert torch.equal(averages["unet"]["c"], torch.zeros(1))
 

@@ -307,8 +307,8 @@ def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_mo
     with open_run(load_config(path, [*OVERRIDES, "stage.one.until=8"], precision), Console(file=StringIO())) as opened_run:
         unet = start_stage(opened_run, 0, "").components["unet"]
         before, weight = unet.master_hi.clone(), unet.weights[0]
-        with pytest.raises(KeyError), unet.averaged():
-            expected = unet.ema if precision == "fp32" else split_master(unet.ema)[0]
+        with pytest.raises(KeyError), unet.averaged("ema"):
+            expected = unet.ema[0] if precision == "fp32" else split_master(unet.ema[0])[0]
             assert torch.equal(unet.master_hi, expected) and not torch.equal(unet.master_hi, before)
             assert weight.data_ptr() == unet.master_hi.data_ptr()
             raise KeyError

@@ -18,7 +18,7 @@ BAD_DTYPES = [
 BAD_LAYOUTS = [
     ({"grads": torch.zeros(6, 4).t()}, {"strides": (1, 4), "parameter_shape": (4, 6), "parameter_strides": (6, 1)}),
     ({"exp_avgs": torch.zeros(24)}, {"shape": (24,)}),
-    ({"emas": torch.zeros(4, 12)[:, ::2]}, {"strides": (12, 2)}),
+    ({"emas": torch.zeros(1, 4, 12)[..., ::2]}, {"strides": (12, 2)}),
 ]
 # Invalid operands of Lion whose other operands have shape (4, 6), with the name and the fields of the message.
 BAD_OPERANDS = [
@@ -79,6 +79,14 @@ def random_tensors(seed, shapes, scale=1.0, device="cpu"):
     return [t.t().contiguous().t() if t.ndim == 2 else t for t in tensors]
 
 
+def averages(params, count=1):
+    """Return `count` averages of each parameter, in its layout, that start from its value."""
+    flat = [
+        torch.empty(count * p.numel(), device=p.device).as_strided((count, *p.shape), (p.numel(), *p.stride())) for p in params
+    ]
+    return [average.copy_(p) for average, p in zip(flat, params, strict=True)]
+
+
 def bits(tensors):
     """Return copies of the tensors' bytes."""
     return [t.detach().contiguous().flatten().view(torch.uint8).clone() for t in tensors]
@@ -104,7 +112,7 @@ def check_options(runs, dtype, steps):
     shapes, device = [p.shape for p in params], params[0].device
     scale, decay = torch.tensor(0.37, device=device), torch.tensor(0.9, device=device)
     for run in runs:
-        run.options["emas"] = [p.clone() for p in params]
+        run.options["emas"] = averages(params)
     unchanged = params[2].clone()
 
     for step in range(steps):
@@ -115,12 +123,34 @@ def check_options(runs, dtype, steps):
             run.d.fill_(1e-3 * (step + 1))
             run.numerator.fill_(0.0)
         assert same_bits(runs[0].everything(), runs[1].everything()), step
-    assert not torch.equal(runs[0].options["emas"][2], unchanged)
+    assert not torch.equal(runs[0].options["emas"][2][0], unchanged)
+
+
+def check_averages(ops, name, params, halves):
+    """Assert that each of several averages has the bits of a single one with its decay, which is close to the formula's."""
+    device = params[0].device
+    decays = torch.tensor([0.9, 0.99, 0.0, 0.5], dtype=torch.float64, device=device)
+    several, *alone = runs = [OptimizerRun(ops, name, params, halves) for _ in range(1 + len(decays))]
+    for run in runs:
+        run.options["emas"] = averages(params, len(decays) if run is several else 1)
+    expected = [average.double() for average in several.options["emas"]]
+    for step in range(3):
+        grads = random_tensors(50 + step, [p.shape for p in params], device=device)
+        several.step(grads, LR[name], ema_decay=decays)
+        for run, decay in zip(alone, decays.tolist(), strict=True):
+            run.step(grads, LR[name], ema_decay=decay)
+        for average, p in zip(expected, several.masters(), strict=True):
+            gains = (1 - decays).reshape(-1, *[1] * p.ndim)
+            average += gains * (p.double() - average)
+    for k, run in enumerate(alone):
+        assert same_bits([average[k] for average in several.options["emas"]], [average[0] for average in run.options["emas"]])
+    for average, exact in zip(several.options["emas"], expected, strict=True):
+        torch.testing.assert_close(average.double(), exact, rtol=0, atol=1e-6)
 
 
 def fill_for_found_inf(run, params):
     """Set EMAs, and values that a careless step would change: -0.0, subnormals, and halves that no master is split into."""
-    run.options["emas"] = [-p for p in params]
+    run.options |= {"emas": averages([-p for p in params], 2), "ema_decay": torch.tensor([0.9, 0.5], device=params[0].device)}
     for state in run.states:
         state[2][:3] = torch.tensor([-0.0, 1e-42, 2.0])
     if "masters_lo" in run.options:
@@ -154,7 +184,7 @@ def check_stays_finite(runs, lr, size, d):
     params = [p.clone() for p in runs[0].masters()]
     shapes, device = [p.shape for p in params], params[0].device
     for run in runs:
-        run.options["emas"] = [p.clone() for p in params]
+        run.options["emas"] = averages(params)
         run.d.fill_(d)
     overflows = []
     for step in range(8):

@@ -63,7 +63,7 @@ class Loss(_SummaryTable):
 
 
 class Samples(_SummaryTable):
-    """The settings of the last grid of samples. `prompts` are with settings of their own; `weights` are "model" or "ema"."""
+    """The settings of the last grid of samples. `prompts` have settings of their own; `weights` are "model" or an average."""
 
     step: int
     prompts: list[str]
@@ -94,7 +94,7 @@ class ModelSummary(_SummaryTable):
 
     Attributes:
         version, date: the version of fastsd; the date of the checkpoint, ISO 8601 in UTC.
-        weights: "raw" or "ema" (exponential moving average of the weights).
+        weights: "raw", "ema" (exponential moving average of the weights), or "ema-0.05" (one of that relative length).
         base, vae: a hub id; or for a path, the title of the model there or the path's last element.
         vae_factor: the scaling factor in training.
         clip_skip, chunks, cut, resolution (px), seed: as in the config. `precision` lists that of every stage.
@@ -131,6 +131,11 @@ class ModelSummary(_SummaryTable):
     def table(self) -> dict[str, Any]:
         """Return the known fields as JSON values."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def weights_text(weights: str, ema: str = "EMA") -> str:
+    """Describe a kind of weights: "raw", "ema", or "ema-0.05" for an average of that relative length."""
+    return "as trained" if weights == "raw" else ema + weights.removeprefix("ema").replace("-", " of length ")
 
 
 def read_summary(folder: Path) -> ModelSummary | None:

@@ -1,0 +1,108 @@
+"""Snapshots of a run's averages, from which `fastsd average` makes averages of other lengths.
+
+RUN/snapshots/step-00001000.safetensors     the power-function averages of a stage after a step of the run
+
+A snapshot holds the averages in fewer bits ("COMPONENT@AVERAGE/KEY", as in a checkpoint), and in its metadata what each of
+them averages. A resumed run writes the same bits again, so its start deletes the snapshots of later steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsd.errors import UserError
+from fastsd.model.formats.write import DTYPE
+from fastsd.run.checkpoint import by_average
+from fastsd.storage import TensorFile, make_folder, new_file, write_safetensors
+from fastsd.train.averages import Profile
+from fastsd.train.step import Step
+
+SNAPSHOTS = "snapshots"
+_PROFILES = "averages"  # key of the metadata
+
+
+class Averaged(NamedTuple):
+    """What an average holds: weights of the run's steps after `start`, of which it has counted `steps`."""
+
+    start: int
+    steps: float
+    sigma_rel: float
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.steps, self.sigma_rel)
+
+
+def averaged_of(state: Mapping[str, Tensor], first_step: int) -> dict[str, Averaged]:
+    """Return what each power-function average in the state of a step holds, by name.
+
+    Args:
+        state: as `Step.state_dict` returns it, or a checkpoint's tensors.
+        first_step: steps of the run before the first stage whose averages the current one continues.
+    """
+    names = [name.removesuffix("@steps") for name in state if name.endswith("@steps")]
+    counts = {name: [int(state[f"{name}@{key}"]) for key in ("start", "steps")] for name in names}
+    return {name: Averaged(first_step + start, steps, float(name.partition("-")[2])) for name, (start, steps) in counts.items()}
+
+
+def path_of(run: Path, step: int) -> Path:
+    return run / SNAPSHOTS / f"step-{step:08d}.safetensors"
+
+
+def write_snapshot(run: Path, train_step: Step, step: int, first_step: int) -> Path:
+    """Write the averages after a step of the run. Where the dtype cannot hold a number, all are written in fp32.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable.
+    """
+    path, state = path_of(run, step), train_step.state_dict(optimizers=False)
+    averaged = {name: list(values) for name, values in averaged_of(state, first_step).items()}
+    dtype = DTYPE[train_step.stage.ema_snapshot_dtype]
+    emas = [component.ema for component in train_step.components.values() if component.ema is not None]
+    if any(ema.abs().max() > torch.finfo(dtype).max for ema in emas):
+        dtype = torch.float32
+    make_folder(path.parent)
+    tensors = {name: tensor for name, tensor in state.items() if "/" in name}
+    with new_file(path) as temporary:
+        write_safetensors(temporary, tensors, {_PROFILES: json.dumps(averaged)}, dtype)
+    return path
+
+
+class Snapshot(NamedTuple):
+    """A stored snapshot: what each average holds, and the tensors by average and component, which are read when used."""
+
+    path: Path
+    averaged: dict[str, Averaged]
+
+    def tensors(self, average: str) -> dict[str, dict[str, Tensor]]:
+        return by_average(TensorFile(self.path))[average]
+
+
+def snapshots(run: Path) -> tuple[list[Snapshot], list[str]]:
+    """Return the snapshots of a run, oldest first, and a warning for each that is damaged."""
+    complete, problems = list[Snapshot](), list[str]()
+    for path in sorted((run / SNAPSHOTS).glob("step-*.safetensors")):
+        try:
+            table = json.loads(TensorFile(path).metadata[_PROFILES])
+            complete.append(Snapshot(path, {name: Averaged(*values) for name, values in table.items()}))
+        except (OSError, UserError, ValueError, KeyError, TypeError):
+            problems.append(f"{path} is damaged and left out; the average will be less exact")
+    return complete, problems
+
+
+def step_of(path: Path) -> int:
+    """Return the step of the run after which a snapshot was written."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def remove_later(run: Path, step: int) -> None:
+    """Delete the snapshots after a step, which the run is about to repeat."""
+    for path in (run / SNAPSHOTS).glob("step-*.safetensors"):
+        if step_of(path) > step:
+            path.unlink()
