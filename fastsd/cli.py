@@ -88,6 +88,7 @@ def cache(
     verify: args.Verify = False,
     prune: args.Prune = False,
     stats: args.Stats = False,
+    machine: args.Machine = "",
 ) -> None:
     """Encode the images of CONFIG into its latent cache. Run the same command again to encode what is missing."""
     loaded = _load(config, overrides)
@@ -96,7 +97,7 @@ def cache(
     if verify or prune or stats:
         inspect_cache(loaded, verify=verify, prune=prune, stats=stats)
     else:
-        cache(loaded)
+        cache(loaded, machine=machine)
 
 
 @app.command(epilog=EXAMPLES["sample"])

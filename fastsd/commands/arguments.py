@@ -184,6 +184,14 @@ StartCheckpoint = Annotated[
 Verify = Annotated[bool, Option("--verify", help="Verify all latents and views against their stored sha256.")]
 Prune = Annotated[bool, Option("--prune", help="Delete shards that no view uses.")]
 Stats = Annotated[bool, Option("--stats", help="Print counts, sizes and statistics of the cache.")]
+Machine = Annotated[
+    str,
+    Option(
+        "--machine",
+        metavar="NAME",
+        help="Name of this machine, if several fill the cache (default: none, or as torchrun says).",
+    ),
+]
 
 # sample
 Prompts = Annotated[

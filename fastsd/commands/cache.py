@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from fastsd.data.building import build, lists, upkeep
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.collect import one_at_a_time
 from fastsd.data.building.embed_captions import write_text_embeddings
+from fastsd.data.building.machines import Division, joined, machine_name
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.building.tokenize_captions import write_tokens
-from fastsd.data.cache import LatentCache
+from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.captions import several_captions
 from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
@@ -39,8 +41,11 @@ from fastsd_kernels.launch import INTERPRETED, architecture
 REASONS = 8  # most rejection reasons to print
 
 
-def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
+def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build.CacheCounts:
     """Encode the images that are missing and print a summary. Under torchrun, each process uses its own GPU.
+
+    Args:
+        machine: name of this machine, if several fill the cache, see `machines.machine_name`.
 
     Raises UserError as `build_cache` does.
     """
@@ -67,12 +72,20 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     if ops is TRITON and not INTERPRETED and not data.latents:
         _compile_encoder(config, vae, console)
     start_time = time.perf_counter()
-    with precision_switches(config.cache.precision), progress() as report_progress:
-        counts = build.build_cache(config, vae, report_progress, console.echo)
+    name = machine_name(machine, os.environ)
+    with (
+        joined(Path(config.cache.dir), name, view_name(config, vae.hash), console.echo) as division,
+        precision_switches(config.cache.precision),
+        progress() as report_progress,
+    ):
+        counts = build.build_cache(config, vae, report_progress, console.echo, division)
+        view = counts.view
         if tokenizer:
-            _cache_tokens(config, counts.view, tokenizer, console)
+            division.once("token ids", lambda: _cache_tokens(config, view, tokenizer, division, console))
         if config.cache.hidden_states:
-            _cache_text_embeddings(config, counts.view, device, report_progress, console)
+            embed = partial(_cache_text_embeddings, config, view, device, report_progress, division, console)
+            division.once("text embeddings", embed)
+        division.finish()
     seconds = time.perf_counter() - start_time
 
     console.echo(
@@ -134,9 +147,9 @@ def _print_reasons(console: Console, reasons: dict[str, int]) -> None:
         console.echo(f"  and {len(reasons) - REASONS} other reasons")
 
 
-def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -> None:
+def _cache_tokens(config: Config, view: str, tokenizer: Any, division: Division, console: Console) -> None:
     with (
-        Store.open(Path(config.cache.dir), lock="shared") as store,
+        Store.open(Path(config.cache.dir), lock="shared", home=division.home) as store,
         one_at_a_time(store, console.echo),
         disk_errors(store.folder),
         closing(LatentCache.open(store.folder, view)) as latents,
@@ -145,14 +158,19 @@ def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -
 
 
 def _cache_text_embeddings(
-    config: Config, view: str, device: torch.device, report_progress: build.ProgressCallback, console: Console
+    config: Config,
+    view: str,
+    device: torch.device,
+    report_progress: build.ProgressCallback,
+    division: Division,
+    console: Console,
 ) -> None:
     base = locate(config.model.base, "model.base", config.model.revision)
     # Adapters of a base are merged, which needs the whole model.
     text = load_merged(config.model).text if (base / MADE_BY).is_file() else load_text(config.model, base)
     text.module.to(device)
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
-        counts = write_text_embeddings(config.cache, latents, text, report_progress, console.echo)
+        counts = write_text_embeddings(config.cache, latents, text, report_progress, console.echo, division)
     console.echo(f"text embeddings of {counts.captions} captions: {counts.encoded} encoded now, the others already cached")
 
 

@@ -22,6 +22,7 @@ EXAMPLES = {
     "cache": examples(
         "cache configs/xlsd.toml",
         "cache configs/xlsd.toml --verify",
+        "cache configs/xlsd.toml --machine node-1",
     ),
     "sample": examples(
         'sample runs/xlsd --prompt "a red fox in the snow"',

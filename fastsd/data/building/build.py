@@ -33,6 +33,7 @@ from PIL import Image
 from fastsd.config.schema import BucketTable, Config
 from fastsd.data import cache
 from fastsd.data.building import collect, lists, mask_cells
+from fastsd.data.building.machines import Alone, Division, settle
 from fastsd.data.building.pipeline import CacheProgress, LatentEncoder, Pipeline
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.sources import folders, imported_latents
@@ -62,12 +63,20 @@ ProgressCallback = Callable[[CacheProgress], None]
 
 
 def build_cache(
-    config: Config, vae: LatentEncoder, report: ProgressCallback | None = None, notify: Callable[[str], None] | None = None
+    config: Config,
+    vae: LatentEncoder,
+    report: ProgressCallback | None = None,
+    notify: Callable[[str], None] | None = None,
+    division: Division | None = None,
 ) -> CacheCounts:
     """Bring the latents of `config` up to date and freeze their view.
 
     Only new images are encoded. After an interruption, the same call continues the build. Processes that make this call at the
-    same time share the work. `notify` receives a line when the build must wait for another process.
+    same time share the work.
+
+    Args:
+        notify: receives a line when the build must wait for another process.
+        division: divides the work among machines; None = among the processes of this one.
 
     Raises:
         UserError: there is a problem with a folder, the resolution, the disk or the GPU's memory, or no image is usable.
@@ -77,8 +86,12 @@ def build_cache(
     unused: list[tuple[str, str]] = []
     sources = folders.scan_for(config.data, lambda path, reason: unused.append((path, reason)))
     try:
-        with Store.open(Path(config.cache.dir), create=True, lock="shared") as store:
-            build = _Build(config, vae, store, report or (lambda event: None), notify or (lambda line: None))
+        folder = Path(config.cache.dir)
+        if division is None:
+            settle(folder, notify or (lambda line: None))
+            division = Alone(folder)
+        with Store.open(folder, create=True, lock="shared", home=division.home) as store:
+            build = _Build(config, vae, store, report or (lambda event: None), notify or (lambda line: None), division)
             return build.run(sources, unused)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
@@ -118,8 +131,15 @@ class _Build:
     """One build of one view."""
 
     def __init__(
-        self, config: Config, vae: LatentEncoder, store: Store, report: ProgressCallback, notify: Callable[[str], None]
+        self,
+        config: Config,
+        vae: LatentEncoder,
+        store: Store,
+        report: ProgressCallback,
+        notify: Callable[[str], None],
+        division: Division,
     ):
+        self.division = division
         self.config, self.vae, self.store, self.report, self.notify = config, vae, store, report, notify
         self.db = store.db
         self.workers = config.cache.workers or _cores()
@@ -138,16 +158,19 @@ class _Build:
 
     def run(self, sources: Iterator[DataSource], unused: list[tuple[str, str]]) -> CacheCounts:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastsd-decode")
-        pipeline = Pipeline(self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report)
+        pipeline = Pipeline(
+            self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report, self.division
+        )
 
         def prepare() -> None:
             data, downscale = self.config.data, self.vae.downscale
-            collect.fill(self.store, self.space, sources, unused, data, downscale, pool, self.report)
+            collect.fill(self.store, self.space, sources, unused, data, downscale, pool, self.report, self.division)
             self._check_keys()
             if data.masks:
                 self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
-                mask_cells.make(self.store, data, downscale, pool, self.report)
+                mask_cells.make(self.store, data, downscale, pool, self.report, self.division)
             self.store.forget_broken(self.space)
+            self.division.collect(self.store)
             if self.config.data.latents:
                 self._check_imported_scale()
             self._plan()
@@ -160,7 +183,11 @@ class _Build:
                 with collect.sample_table(self.store, self.view, prepare, self.notify):
                     pipeline.run()
                     with collect.one_at_a_time(self.store, self.notify):
-                        return self._freeze(pipeline)
+                        counts = self._tally(pipeline)
+                        self.division.once("view", lambda: self._freeze(counts))
+                        with self.store.transaction():
+                            self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
+                        return counts
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -194,6 +221,7 @@ class _Build:
 
     def _plan(self) -> None:
         """Assign a row to every new version of a content, in sorted order. Every new shard has rows of one shape."""
+        self.division.disown(self.store, self.space)
         missing = " UNION ALL ".join(
             f"SELECT bucket_height AS height, bucket_width AS width, content, {version} AS version FROM sample WHERE reason"
             f" IS NULL AND NOT EXISTS (SELECT 1 FROM latent WHERE space = {self.space} AND latent.content = sample.content"
@@ -203,11 +231,14 @@ class _Build:
         new = self.db.execute(
             f"SELECT DISTINCT height, width, content, version FROM ({missing}) ORDER BY 1, 2, 3, 4"
         ).fetchall()
+        division = self.division
+        rows_of_shard = division.shard_rows(len(new), cache.SHARD_ROWS)
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
             for (height, width), rows in itertools.groupby(new, lambda row: row[:2]):
-                contents = (row[2:] for row in rows)
-                self.store.plan(self.space, self.space_name[:8], self._shape(width, height), contents, cache.SHARD_ROWS)
+                shape, contents = self._shape(width, height), (row[2:] for row in rows)
+                names = self.space_name[:8], division.build, division.tag
+                self.store.plan(self.space, shape, contents, rows_of_shard, *names)
         self.store.check_room(self.space)
 
     def _shape(self, width: int, height: int) -> list[int]:
@@ -228,8 +259,8 @@ class _Build:
         rejected = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {condition}"
         store.db.execute(f"REPLACE INTO rejected {rejected}", (self.space, value))
 
-    def _freeze(self, pipeline: Pipeline) -> CacheCounts:
-        """Write the view of all samples that have latents."""
+    def _tally(self, pipeline: Pipeline) -> CacheCounts:
+        """Record what is rejected. Return the counts. Raises UserError if no image is usable."""
         with self.store.transaction():
             self._store_rejected(self.store, "id > ?", 0)
             self.db.execute(
@@ -250,7 +281,10 @@ class _Build:
                 f"data.folders: all {counts.images} images were rejected; add usable images (first rejection:"
                 f" {counts.examples[0]})",
             )
+        return counts
 
+    def _freeze(self, counts: CacheCounts) -> None:
+        """Write the view of all samples that have latents."""
         vae, config = self.vae, self.config
         meta = cache.CacheMeta(
             vae_hash=vae.hash,
@@ -274,16 +308,13 @@ class _Build:
             latents_std=vae.latent_space.std,
         )
 
-        work = self.store.folder / "work"
+        work = self.store.home / "work"
         with disk_errors(work.parent), tempfile.TemporaryDirectory(prefix=f"{counts.view}-", dir=work) as scratch:
             lists.write_lists(self.store, counts.view)
             arrays, shards, groups = self._index(Path(scratch), counts.cached)
             cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta, self._place())
             if config.data.masks:
                 mask_cells.freeze(self.store, counts.view, config.data.crops)
-        with self.store.transaction():
-            self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
-        return counts
 
     def _place(self) -> cache.Place:
         """Return the place of the data, with up to `_EXAMPLES` images in even steps."""

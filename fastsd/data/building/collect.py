@@ -38,7 +38,9 @@ from fastsd.data.building import mask_cells
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import probe
 from fastsd.data.building.lists import companions, state
+from fastsd.data.building.machines import Division
 from fastsd.data.building.pipeline import CacheProgress
+from fastsd.data.building.results import Tables
 from fastsd.data.building.store import Store, disk_errors, lock_file, wait_for
 from fastsd.data.sources import folders, imported_latents
 from fastsd.data.sources.folders import DataSource, Rejected
@@ -125,7 +127,7 @@ _Rejection = tuple[int, int, str]  # size, times and reason
 @contextmanager
 def sample_table(store: Store, view: str, prepare: Callable[[], None], notify: Callable[[str], None]) -> Iterator[None]:
     """Attach the table `sample`. If no other process uses it, `prepare` is called to fill it."""
-    folder = store.folder / "work"
+    folder = store.home / "work"
     with disk_errors(store.folder):
         folder.mkdir(exist_ok=True)
         users_lock = (folder / f"{view}.lock").open("a+b")
@@ -155,7 +157,7 @@ def one_at_a_time(
 ) -> Iterator[None]:
     """Let only one process at a time run the block of the `with` statement. `lock` names the lock file of the cache."""
     with disk_errors(store.folder):
-        file = (store.folder / f"{lock}.lock").open("a+b")
+        file = (store.home / f"{lock}.lock").open("a+b")
     with file:
         wait_for(lambda: lock_file(file, exclusive=True), lambda: notify(f"waiting: another process is {activity}"))
         yield
@@ -176,10 +178,11 @@ def fill(
     downscale: int,
     pool: ThreadPoolExecutor,
     report: Callable[[CacheProgress], None],
+    division: Division,
 ) -> None:
     """Inspect the sources and store them in the table `sample`. `unused` fills while they are listed, and is stored too."""
     rejected_query = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
-    insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
+    insert = f"INSERT INTO sample VALUES (?, {', '.join('?' * len(Sample._fields))})"
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
     done, start = 0, time.perf_counter()
 
@@ -193,14 +196,27 @@ def fill(
         store.db.executemany("INSERT INTO unused VALUES (?, ?)", [(os.fsencode(path), reason) for path, reason in unused])
         unused.clear()
 
-    while chunk := list(itertools.islice(sources, _CHUNK)):
+    def chunks() -> Iterator[tuple[int, list[DataSource]]]:
+        for number in itertools.count():
+            if not (chunk := list(itertools.islice(sources, _CHUNK))):
+                return
+            yield number * _CHUNK + 1, chunk
+
+    def name(item: tuple[int, list[DataSource]]) -> str:
+        return f"facts-{hashlib.blake2b(repr(item[1]).encode(errors='surrogatepass'), digest_size=16).hexdigest()}"
+
+    def facts(item: tuple[int, list[DataSource]]) -> Tables:
+        chunk = item[1]
         stored = [(stored_file(source), stored_file(source.mask)) for source in chunk]
         rejections = [store.db.execute(rejected_query, (space, os.fsencode(source.name))).fetchone() for source in chunk]
+        results = list(pool.map(inspect, chunk, stored, rejections))
+        new_files = (file for old, (_, files) in zip(stored, results, strict=True) for file in files if file not in old)
+        return {"sample": [sample for sample, _ in results], "file": list(new_files)}
+
+    for (first, chunk), tables in division.divide(chunks(), name, facts):
         with store.transaction():
-            for old_files, (sample, files) in zip(stored, pool.map(inspect, chunk, stored, rejections), strict=True):
-                store.db.execute(insert, sample)
-                new_files = [file for file in files if file not in old_files]
-                store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new_files)
+            store.db.executemany(insert, ((id, *sample) for id, sample in enumerate(tables["sample"], first)))
+            store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", tables.get("file", ()))
             store_unused()
         done += len(chunk)
         report(CacheProgress("scan", done, 0, done / (time.perf_counter() - start)))

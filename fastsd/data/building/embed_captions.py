@@ -26,6 +26,7 @@ from torch import Tensor
 from fastsd.config.schema import CacheTable
 from fastsd.data import cache
 from fastsd.data.building.collect import one_at_a_time
+from fastsd.data.building.machines import Alone, Division
 from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.building.store import Shard, Store, disk_errors
 from fastsd.data.cache import DTYPES, LatentCache, TextEmbeddingsIndex
@@ -53,6 +54,7 @@ def write_text_embeddings(
     text: TextEncoder,
     report: Callable[[CacheProgress], None] = lambda event: None,
     notify: Callable[[str], None] = lambda line: None,
+    division: Division | None = None,
 ) -> EmbeddingCounts:
     """Bring the text embeddings of a view's captions up to date and freeze their index.
 
@@ -62,23 +64,37 @@ def write_text_embeddings(
         text: the text encoder in fp32, on the device that it runs on. It is converted to `precision` in place.
         report: receives a `CacheProgress`, which counts captions, after every block.
         notify: receives a line when this process must wait for another one.
+        division: the machines that receive the text embeddings, which this one encodes; None = no others.
 
     Raises:
         UserError: the token ids are missing, the disk fails, or a text embedding is not finite in `dtype`.
     """
+    division = division or Alone(Path(table.dir))
     with (
-        Store.open(Path(table.dir), lock="shared") as store,
+        Store.open(Path(table.dir), lock="shared", home=division.home) as store,
         one_at_a_time(store, notify, "states", "encoding captions"),
     ):
-        return _Writer(table, latents, text, store, report).run()
+        division.collect(store)
+        writer = _Writer(table, latents, text, store, report, division)
+        counts = writer.run()
+        for shard in division.unpublished(store.shards(writer.space)):
+            division.publish_shard(store, shard)
+        return counts
 
 
 class _Writer:
     """One call of `write_text_embeddings`."""
 
     def __init__(
-        self, table: CacheTable, latents: LatentCache, text: TextEncoder, store: Store, report: Callable[[CacheProgress], None]
+        self,
+        table: CacheTable,
+        latents: LatentCache,
+        text: TextEncoder,
+        store: Store,
+        report: Callable[[CacheProgress], None],
+        division: Division,
     ) -> None:
+        self.division = division
         self.latents, self.text, self.store, self.report, self.db = latents, text, store, report, store.db
         self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks, text.cut)
         metadata = shard_metadata(table, text)
@@ -113,7 +129,7 @@ class _Writer:
 
     def _zeros(self, dtype: type[np.generic], size: int) -> np.ndarray:
         """Allocate zeros in an unnamed file, to save memory."""
-        with disk_errors(self.store.folder), tempfile.TemporaryFile(dir=self.store.folder) as file:
+        with disk_errors(self.store.folder), tempfile.TemporaryFile(dir=self.store.home) as file:
             return np.memmap(file, dtype, "w+", shape=(size,))
 
     def _collect(self) -> None:
@@ -132,6 +148,7 @@ class _Writer:
 
     def _plan(self) -> None:
         """Assign a row to every new caption, in sorted order."""
+        self.division.disown(self.store, self.space)
         self.db.execute(
             "CREATE TEMP TABLE missing AS SELECT DISTINCT content, length FROM caption WHERE NOT EXISTS"
             " (SELECT 1 FROM latent WHERE space = ? AND latent.content = caption.content) ORDER BY content",
@@ -143,7 +160,9 @@ class _Writer:
                 shape = [length, self.text.width]
                 shard_rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
                 contents = self.db.execute("SELECT content FROM missing WHERE length = ? ORDER BY rowid", (length,))
-                self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in contents), shard_rows)
+                new = ((content, 0) for (content,) in contents)
+                names = self.name[:8], self.division.build, self.division.tag
+                self.store.plan(self.space, shape, new, shard_rows, *names)
         self.store.check_room(self.space)
 
     _PENDING_ROWS = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"

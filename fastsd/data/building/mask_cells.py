@@ -25,7 +25,9 @@ from fastsd.config.schema import DataTable
 from fastsd.data import cache
 from fastsd.data.building.buckets import Buckets, Size, crop_position
 from fastsd.data.building.decode import decode_mask
+from fastsd.data.building.machines import Division
 from fastsd.data.building.pipeline import CacheProgress
+from fastsd.data.building.results import Tables
 from fastsd.data.building.store import Store
 from fastsd.data.masks import KEY_BYTES, MasksFile, inflate, mask_files, mask_path
 from fastsd.data.rows import read_header
@@ -72,7 +74,12 @@ def mask_key(data: DataTable, downscale: int, mask: bytes, image: bytes, size: S
 
 
 def make(
-    store: Store, data: DataTable, downscale: int, pool: ThreadPoolExecutor, report: Callable[[CacheProgress], None]
+    store: Store,
+    data: DataTable,
+    downscale: int,
+    pool: ThreadPoolExecutor,
+    report: Callable[[CacheProgress], None],
+    division: Division,
 ) -> None:
     """Decode the masks that the table `mask` lacks, and reject the samples of unusable masks."""
     query = (
@@ -83,21 +90,28 @@ def make(
     decode_row = partial(_decode, data=data, downscale=downscale, buckets=Buckets(data.resolution, data.buckets))
     columns = "mask, mask_path, mask_file, mask_offset, mask_length, content, width, height"
 
-    start = time.perf_counter()
-    for first in range(0, len(sample_ids), _CHUNK):
-        chunk = sample_ids[first : first + _CHUNK]
-        rows = [store.db.execute(f"SELECT {columns} FROM sample WHERE id = ?", (id,)).fetchone() for id in chunk]
-        results = list(pool.map(decode_row, rows))
+    def chunks() -> Iterator[list[tuple[Any, ...]]]:
+        for first in range(0, len(sample_ids), _CHUNK):
+            chunk = sample_ids[first : first + _CHUNK]
+            yield [store.db.execute(f"SELECT {columns} FROM sample WHERE id = ?", (id,)).fetchone() for id in chunk]
+
+    def name(rows: list[tuple[Any, ...]]) -> str:
+        return f"masks-{hashlib.sha256(b''.join(row[0] for row in rows)).hexdigest()[:32]}"
+
+    def cells(rows: list[tuple[Any, ...]]) -> Tables:
+        results = list(zip(rows, pool.map(decode_row, rows), strict=True))
+        usable = [(row[0], crop, x) for row, result in results if isinstance(result, list) for crop, x in enumerate(result)]
+        rejected = [(result.reason, *row[:2]) for row, result in results if isinstance(result, Rejected)]
+        return {"mask": usable, "rejected": rejected}
+
+    start, done = time.perf_counter(), 0
+    for rows, tables in division.divide(chunks(), name, cells):
         with store.transaction():
-            for row, result in zip(rows, results, strict=True):
-                key, path = row[:2]
-                if isinstance(result, Rejected):
-                    store.db.execute("UPDATE sample SET reason = ?, size = -1 WHERE mask = ?", (result.reason, key))
-                    store.db.execute("DELETE FROM file WHERE path = ?", (path,))  # the stored facts may be wrong
-                else:
-                    mask_rows = [(key, crop, cells) for crop, cells in enumerate(result)]
-                    store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", mask_rows)
-        done = first + len(chunk)
+            for reason, key, path in tables.get("rejected", ()):
+                store.db.execute("UPDATE sample SET reason = ?, size = -1 WHERE mask = ?", (reason, key))
+                store.db.execute("DELETE FROM file WHERE path = ?", (path,))  # the stored facts may be wrong
+            store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", tables.get("mask", ()))
+        done += len(rows)
         report(CacheProgress("masks", done, len(sample_ids), done / (time.perf_counter() - start)))
 
 
@@ -131,7 +145,7 @@ def freeze(store: Store, view: str, crops: int) -> None:
         if existing.metadata["view"] == metadata["view"] and np.array_equal(existing.arrays["keys"], keys):
             return
     offsets, offset = np.zeros(len(keys) // KEY_BYTES * crops + 1, np.int64), 0
-    with tempfile.TemporaryFile(dir=store.folder) as scratch:  # a large data set must not fill the memory
+    with tempfile.TemporaryFile(dir=store.home) as scratch:  # a large data set must not fill the memory
         for entry in range(len(offsets) - 1):
             key = keys[entry // crops * KEY_BYTES :][:KEY_BYTES].tobytes()
             if any(key):

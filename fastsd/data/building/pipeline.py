@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -31,8 +31,10 @@ from torch import Tensor
 from fastsd.config.schema import Config
 from fastsd.data import cache
 from fastsd.data.building.buckets import Buckets, crop_position
+from fastsd.data.building.claims import Claims
 from fastsd.data.building.decode import decode
-from fastsd.data.building.store import Claims, Shard, Store
+from fastsd.data.building.machines import Division
+from fastsd.data.building.store import Shard, Store
 from fastsd.data.sources import folders, imported_latents
 from fastsd.data.sources.folders import DataSource, Rejected
 from fastsd.errors import UserError, out_of_memory
@@ -111,6 +113,7 @@ class Pipeline:
         workers: number of threads in `pool`.
         reject: rejects a row in the database of a store. It is called within a transaction.
         report: receives a `CacheProgress` after every block.
+        division: divides the shards among machines.
     """
 
     def __init__(
@@ -123,13 +126,15 @@ class Pipeline:
         workers: int,
         reject: Callable[[Store, bytes, bytes, Rejected], None],
         report: Callable[[CacheProgress], None],
+        division: Division,
     ) -> None:
+        self.division = division
         self.config, self.vae, self.store, self.space = config, vae, store, space
         self.pool, self.workers, self.reject, self.report = pool, workers, reject, report
         self.buckets = Buckets(config.data.resolution, config.data.buckets)
         self.dtype = cache.DTYPES[config.cache.dtype]
         self.device = getattr(vae, "device", torch.device("cpu"))
-        self.claims = Claims(store.folder)
+        self.claims = Claims(store.home)
         self.clock = Clock(workers)
         self.encoded = 0
         self.query_values = (space, json.dumps(cache.stored_versions(config.data)))
@@ -160,6 +165,8 @@ class Pipeline:
                 elif self._has_pending():  # the last blocks are with other processes or with the writer
                     time.sleep(_POLL_SECONDS)
                 writer.drain()
+                self.publish(self.store, self.store.shards(self.space))  # also those of a process that was killed
+                self.division.collect(self.store)
 
     def _report_progress(self, done: int, total: int, start: float) -> None:
         self.report(CacheProgress("encode", done, total, done / (time.perf_counter() - start), self.clock.limit()))
@@ -174,6 +181,13 @@ class Pipeline:
 
     def _has_pending(self) -> bool:
         return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._PENDING_ROWS})", self.query_values).fetchone()[0])
+
+    def publish(self, store: Store, shards: Iterable[Shard]) -> None:
+        """Give other machines the shards that are finished here."""
+        for shard in self.division.unpublished(shards):
+            query = f"SELECT EXISTS (SELECT 1 {self._PENDING_ROWS} AND shard = ?)"
+            if not store.db.execute(query, (*self.query_values, shard.id)).fetchone()[0]:
+                self.division.publish_shard(store, shard)
 
     def _claimed(self) -> Iterator[_Block]:
         """Claim and yield the blocks that no other process has claimed. They have only rows that must be encoded."""
@@ -191,6 +205,9 @@ class Pipeline:
                 "SELECT DISTINCT row / ? FROM latent WHERE space = ? AND shard = ? AND sha256 IS NULL ORDER BY 1",
                 (batch, self.space, shard.id),
             ).fetchall()
+            if not block_numbers or not self.division.take(shard):
+                continue
+            self.division.collect(self.store)
             for (number,) in block_numbers:
                 first = number * batch
                 if not self.claims.take(shard.id, first, batch):
@@ -362,7 +379,7 @@ class _Writer:
     def _run(self) -> None:
         item: _Encoded | threading.Event | None = threading.Event()
         try:
-            with Store.open(self._pipeline.store.folder, lock="") as store:
+            with self._pipeline.store.reopen() as store:
                 store.attach(self._pipeline.store.work)
                 item = self._queue.get()
                 while item is not None:
@@ -395,6 +412,7 @@ class _Writer:
             for item in items:
                 for row, rejection in item.block.rejections:
                     pipeline.reject(store, row.content, row.key, rejection)
+        pipeline.publish(store, [shard for shard, _ in rows_by_shard.values()])
         for item in items:
             pipeline.clock.images["write"] += len(item.rows)
             pipeline.claims.release(item.block.shard.id, item.block.first, pipeline.config.cache.batch)

@@ -16,6 +16,7 @@ encoding. The operating system releases both locks when a process ends for any r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -136,33 +137,38 @@ class Shard:
 
 
 class Store:
-    """An open cache folder. `db` is in autocommit mode, and `transaction` groups statements. For `work`, see `attach`."""
+    """An open cache folder. `db` is in autocommit mode, and `transaction` groups statements. For `work`, see `attach`.
+
+    The database and the locks are in `home`, which is `folder` unless several machines fill the cache, see `machines.py`.
+    """
 
     work: Path
 
-    def __init__(self, folder: Path, db: sqlite3.Connection):
-        self.folder, self.db = folder, db
+    def __init__(self, folder: Path, db: sqlite3.Connection, home: Path):
+        self.folder, self.db, self.home = folder, db, home
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, *, create: bool = False, lock: str = "exclusive") -> Iterator[Store]:
+    def open(cls, folder: Path, *, create: bool = False, lock: str = "exclusive", home: Path | None = None) -> Iterator[Store]:
         """Open a cache folder for writing.
 
         Args:
+            home: folder of the database and the locks; None = `folder`.
             lock: "exclusive" keeps out all other processes. "shared" allows other processes that encode. "" takes no lock,
                 for reading, or if this process holds a lock already.
 
         Raises:
             UserError: the cache does not exist, is locked by another process or has another version, or the disk fails.
         """
-        database = folder / "cache.sqlite"
+        home = home or folder
+        database = home / "cache.sqlite"
         if not create and not database.is_file():
             raise UserError("no-cache", f"cache.dir {folder} is not a latent cache; run `fastsd cache CONFIG` first")
         with disk_errors(folder):
             for name in ("shards", "views") if create else ():
                 (folder / name).mkdir(parents=True, exist_ok=True)
 
-        with _folder_lock(folder, lock), database_errors(folder):
+        with _folder_lock(home, lock), database_errors(folder):
             db = sqlite3.connect(database, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
                 _use_write_ahead_log(db)
@@ -179,7 +185,7 @@ class Store:
                             f"cache.dir {folder} has version {version}, expected {SCHEMA_VERSION}; choose another folder",
                         )
                     db.execute(_MASK_SCHEMA)
-                yield cls(folder, db)
+                yield cls(folder, db, home)
             finally:
                 db.close()
 
@@ -215,13 +221,32 @@ class Store:
             for id, name, rows, shape, dtype, text in records
         ]
 
-    def plan(self, space: int, prefix: str, shape: list[int], contents: Iterable[tuple[bytes, int]], rows: int) -> None:
-        """Plan shards of at most `rows` rows for all of `contents`, see `add_shard`."""
+    def reopen(self) -> contextlib.AbstractContextManager[Store]:
+        """Open the same cache once more, for another thread."""
+        return Store.open(self.folder, lock="", home=self.home)
+
+    def plan(
+        self,
+        space: int,
+        shape: list[int],
+        contents: Iterable[tuple[bytes, int]],
+        rows: int,
+        prefix: str,
+        build: str = "",
+        suffix: str = "",
+    ) -> None:
+        """Plan shards of at most `rows` rows for all of `contents`, see `add_shard`.
+
+        Args:
+            prefix, suffix: the start and the end of each name.
+            build: also determines the names; "" = they depend on the contents alone.
+        """
         remaining = iter(contents)
         while chunk := list(itertools.islice(remaining, rows)):
             # The name depends only on the planned content, so interruptions of the build do not change it.
-            planned_content = b"".join(content + version.to_bytes(4, "little") for content, version in chunk)
-            self.add_shard(space, f"{prefix}-{hashlib.sha256(planned_content).hexdigest()[:16]}", shape, chunk)
+            planned_content = build.encode() + b"".join(content + version.to_bytes(4, "little") for content, version in chunk)
+            name = f"{prefix}-{hashlib.sha256(planned_content).hexdigest()[:16]}{suffix}"
+            self.add_shard(space, name, shape, chunk)
 
     def check_room(self, space: int) -> None:
         """Raise UserError if the disk has too little space for the planned shards."""
@@ -358,7 +383,7 @@ def _folder_lock(folder: Path, lock: str) -> Iterator[None]:
         if sys.platform != "win32":  # SQLite takes such locks, and would wait for them in silence
             import fcntl
 
-            with _lock_errors(handle):
+            with lock_errors(handle):
                 fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 fcntl.lockf(handle, fcntl.LOCK_UN)
         if lock and not lock_file(handle, exclusive=lock == "exclusive"):
@@ -372,7 +397,7 @@ def lock_file(handle: IO[bytes], *, exclusive: bool) -> bool:
     Raises:
         UserError: the file system has no locks.
     """
-    with _lock_errors(handle) as conflict:
+    with lock_errors(handle) as conflict:
         if sys.platform == "win32":  # no shared locks, so only one process at a time
             import msvcrt
 
@@ -386,7 +411,7 @@ def lock_file(handle: IO[bytes], *, exclusive: bool) -> bool:
 
 
 @contextmanager
-def _lock_errors(handle: IO[bytes]) -> Iterator[list[OSError]]:
+def lock_errors(handle: IO[bytes]) -> Iterator[list[OSError]]:
     """Collect the error of a lock that another process holds. Turn any other error into a UserError: it would never end."""
     conflict = list[OSError]()
     try:
@@ -407,38 +432,3 @@ def wait_for(attempt: Callable[[], bool], on_wait: Callable[[], None]) -> None:
     on_wait()
     while not attempt():
         time.sleep(_POLL_SECONDS)
-
-
-class Claims:
-    """Claims on rows that this process encodes. Each is a lock on a byte of a file that is never written.
-
-    The number of the byte is the index of the row among the rows of all shards. The locks belong to the process. When any
-    handle of the file is closed, all of them are released, so use one `Claims` per process.
-    """
-
-    def __init__(self, folder: Path):
-        with disk_errors(folder):
-            self._file = (folder / "claims.lock").open("a+b")
-
-    def take(self, shard: int, first: int, count: int) -> bool:
-        """Claim rows [first, first + count) of a shard. Return False if another process has claimed one of them.
-
-        Raises:
-            UserError: the file system has no locks.
-        """
-        if sys.platform == "win32":  # the folder's lock already excludes other processes
-            return True
-        import fcntl
-
-        with _lock_errors(self._file) as conflict:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, shard * cache.SHARD_ROWS + first)
-        return not conflict
-
-    def release(self, shard: int, first: int, count: int) -> None:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.lockf(self._file, fcntl.LOCK_UN, count, shard * cache.SHARD_ROWS + first)
-
-    def close(self) -> None:
-        self._file.close()

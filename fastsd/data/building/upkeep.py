@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastsd.data import cache, masks, tokens
-from fastsd.data.building import mask_cells
+from fastsd.data.building import machines, mask_cells
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.rows import LATENTS, STATES
 from fastsd.errors import UserError
@@ -31,6 +31,7 @@ def verify(dir: str | Path) -> list[str]:
     refer to them are deleted.
     """
     problems = []
+    machines.settle(Path(dir))
     with Store.open(Path(dir)) as store:
         for path, index_class in cache.indexes(store.folder):
             try:
@@ -167,6 +168,7 @@ def prune(dir: str | Path) -> Pruned:
     Raises:
         UserError: there is no cache, or a view is damaged, so that nobody can tell which files it uses.
     """
+    machines.settle(Path(dir))
     with Store.open(Path(dir)) as store:
         views = cache.view_paths(store.folder)
         view_names = {path.stem for path in views}

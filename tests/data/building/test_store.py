@@ -12,8 +12,9 @@ import pytest
 from sentences import refused
 
 from fastsd.data.building import store as stores
+from fastsd.data.building.claims import Claims
 from fastsd.data.building.collect import one_at_a_time, sample_table
-from fastsd.data.building.store import Claims, Shard, Store, disk_errors, lock_file, wait_for
+from fastsd.data.building.store import Shard, Store, disk_errors, lock_file, wait_for
 from fastsd.data.rows import row_check
 
 SHAPE, ROWS = [2, 3, 5], 4
@@ -33,7 +34,7 @@ def planned(store, count: int = ROWS, name: str = "space") -> tuple[int, list[Sh
     """Plan shards of `ROWS` rows for as many contents."""
     space = store.space(name, {"vae": name}, "fp32")
     with store.transaction():
-        store.plan(space, "a", SHAPE, [(bytes([i]), 0) for i in range(count)], ROWS)
+        store.plan(space, SHAPE, [(bytes([i]), 0) for i in range(count)], ROWS, "a")
     return space, store.shards(space)
 
 
