@@ -89,9 +89,19 @@ def cache(
     prune: args.Prune = False,
     stats: args.Stats = False,
     machine: args.Machine = "",
+    audit: args.Auditing = False,
+    against: args.Against = "",
+    worst: args.Worst = None,
 ) -> None:
     """Encode the images of CONFIG into its latent cache. Run the same command again to encode what is missing."""
     loaded = _load(config, overrides)
+    if audit or against or worst is not None:
+        from fastsd.compare import audit as audits
+
+        others = {"--verify": verify, "--prune": prune, "--stats": stats}
+        audits.check_options([option for option, is_set in others.items() if is_set], against, worst, audit=audit)
+        audits.audit(loaded, against, worst or audits.SHOWN)
+        return
     from fastsd.commands.cache import cache, inspect_cache
 
     if verify or prune or stats:

@@ -192,6 +192,9 @@ Machine = Annotated[
         help="Name of this machine, if several fill the cache (default: none, or as torchrun says).",
     ),
 ]
+Auditing = Annotated[bool, Option("--audit", help="Measure what the VAE changes in each image, and show the worst images.")]
+Against = Annotated[str, Option("--against", parser=text, metavar="VAE", help="With --audit: another VAE, to compare.")]
+Worst = Annotated[int | None, Option("--worst", metavar="N", help="With --audit: number of images on the page (default: 100).")]
 
 # sample
 Prompts = Annotated[

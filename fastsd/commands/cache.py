@@ -101,7 +101,7 @@ def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build
         console.warn(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
     if counts.rejected:
         console.warn(f"{counts.rejected} rejected:")
-        _print_reasons(console, counts.reasons)
+        print_reasons(console, counts.reasons)
         for example in counts.examples:
             console.echo(f"  {example}")
         if counts.rejected > len(counts.examples):
@@ -139,7 +139,7 @@ def _echo(console: Console, line: str, indent: str = "") -> None:
         console.echo(indent + line)
 
 
-def _print_reasons(console: Console, reasons: dict[str, int]) -> None:
+def print_reasons(console: Console, reasons: dict[str, int]) -> None:
     """Print the most common reasons. Some include a position in a file, so there may be as many reasons as files."""
     for reason, count in list(reasons.items())[:REASONS]:
         console.echo(f"  {count} x {reason}")
@@ -197,7 +197,7 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
             console.echo(f"  damaged: {problem}")
         if contents.rejected:
             console.warn(f"{sum(contents.rejected.values())} rejected:")
-            _print_reasons(console, contents.rejected)
+            print_reasons(console, contents.rejected)
     if problems:
         raise UserError("cache-damaged", "\n".join(problems))
 

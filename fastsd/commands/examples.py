@@ -23,6 +23,7 @@ EXAMPLES = {
         "cache configs/xlsd.toml",
         "cache configs/xlsd.toml --verify",
         "cache configs/xlsd.toml --machine node-1",
+        "cache configs/xlsd.toml --audit --against stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     "sample": examples(
         'sample runs/xlsd --prompt "a red fox in the snow"',

@@ -1,4 +1,4 @@
-"""The pages of `fastsd compare` and `fastsd watch`: HTML that needs no network, for wide and narrow screens, light and dark."""
+"""The pages of `fastsd compare`, `fastsd watch` and audits: HTML without a network, wide and narrow, light and dark."""
 
 from __future__ import annotations
 
@@ -228,6 +228,14 @@ _PAGE = Template("""<!doctype html>
   .bar output { min-width: 9em; font-variant-numeric: tabular-nums; }
   button { font: inherit; min-width: 5em; padding: 3px 12px; border: 1px solid var(--line); border-radius: 6px;
            background: var(--button); color: var(--ink); }
+  .trip { margin: 26px 0 34px; }
+  .trip h3 { font-size: 15px; margin: 0; overflow-wrap: anywhere; }
+  .trip h3 span { color: var(--soft); margin-right: 6px; font-variant-numeric: tabular-nums; }
+  .trip p { font-variant-numeric: tabular-nums; margin-bottom: 4px; }
+  .strip { display: grid; grid-template-columns: repeat(var(--columns), minmax(108px, 1fr)); gap: 0 12px; overflow-x: auto; }
+  .strip figure { margin: 0; }
+  .strip figcaption { overflow-wrap: anywhere; font-size: 13px; color: var(--soft); }
+  .strip img + img { margin-top: 6px; image-rendering: pixelated; }
   @media print { .bar { display: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 </style>
 </head>

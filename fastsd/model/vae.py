@@ -88,6 +88,11 @@ class Vae:
         finally:
             self.module.to(dtype)
 
+    @property
+    def decoder_hash(self) -> str:
+        """sha256 of the decoder's shapes and weights, as `hash` is of the encoder's."""
+        return _weights_hash(self.module, "decoder.", "post_quant_conv.")
+
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Decode scaled latents to images (B, 3, H, W) in [-1, 1], fp32. To limit memory, decode one image at a time."""
@@ -103,9 +108,13 @@ class Vae:
 
 
 def _encoder_hash(module: Any) -> str:
+    return _weights_hash(module, "encoder.", "quant_conv.")
+
+
+def _weights_hash(module: Any, *prefixes: str) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
+        if name.startswith(prefixes):
             digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -111,10 +111,11 @@ class Console(rich.console.Console):
     def _fit(self, text: str) -> str:
         return fit(text, self.width) if self.is_terminal else text
 
-    def table(self, rows: list[list[str]]) -> None:
-        """Write a table. Columns with a digit in the last row are aligned right, other columns left."""
+    def table(self, rows: list[list[str]], texts: Collection[str] = ()) -> None:
+        """Write a table. Columns with a digit in the last row are aligned right, except those whose head is in `texts`."""
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left_aligned = [not any(character.isdigit() for character in text) for text in rows[-1]]
+        has_digits = [any(character.isdigit() for character in text) for text in rows[-1]]
+        left_aligned = [not digits or head in texts for head, digits in zip(rows[0], has_digits, strict=True)]
         for row in rows:
             columns = zip(row, widths, left_aligned, strict=True)
             cells = [text.ljust(width) if left else text.rjust(width) for text, width, left in columns]

@@ -69,7 +69,7 @@ class LatentEncoder(Protocol):
 class CacheProgress:
     """Progress of a build, for the line that the user watches."""
 
-    phase: str  # "scan", "masks", "encode" (counts images that were not cached before) or "states" (counts captions)
+    phase: str  # "scan", "masks", "encode" (counts images that were not cached before), "states" (captions) or "audit"
     done: int
     total: int  # 0 = unknown, during "scan"
     images_per_second: float
@@ -231,10 +231,7 @@ class Pipeline:
         """Load the versions of one content: pixels, uint8 (3, H, W), or imported latents. Raises Rejected."""
         start = time.perf_counter()
         row = rows[0]
-        data = folders.read_bytes(row.source)
-        if hashlib.sha256(data).digest() != row.content:
-            raise Rejected("changed while it was being cached; run the same command again", lasting=False)
-
+        data = read_content(row.source, row.content)
         settings = self.config.data
         if settings.latents:
             mean, mirrored = imported_latents.read_latent(data, settings.latents)
@@ -313,6 +310,14 @@ class Pipeline:
         self.encoded += len(encoded_rows)
         self.clock.images["encode"] += len(encoded_rows)
         return len(block.rows)
+
+
+def read_content(source: DataSource, content: bytes) -> bytes:
+    """Read the bytes of an image, whose sha256 must still be `content`. Raises Rejected."""
+    data = folders.read_bytes(source)
+    if hashlib.sha256(data).digest() != content:
+        raise Rejected("changed while it was being cached; run the same command again", lasting=False)
+    return data
 
 
 class Clock:
