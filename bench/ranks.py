@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,12 @@ def train_runs(folder: Path, steps: int, cases: list[str]) -> None:
                 train(config, Console(file=StringIO()), export=False, ranks=ranks)
                 if ranks.main:
                     print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 def prepare(folder: Path, cases: list[str]) -> None:
@@ -190,10 +197,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         prepare(folder, arguments.only)
+        options = ["--folder", str(folder), "--steps", str(arguments.steps), "--only", *arguments.only]
+        processes = []
         for world in WORLDS:
-            words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), __file__, "--train"]
-            options = ["--folder", str(folder), "--steps", str(arguments.steps), "--only", *arguments.only]
-            subprocess.run([*words, *options], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+            words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+            words += ["--master-port", str(free_port()), __file__, "--train", *options]
+            processes.append(subprocess.Popen(words, env={"OMP_NUM_THREADS": "1", **os.environ}))
+        if sum(process.wait() for process in processes):
+            sys.exit(1)
         rows = [row for case in arguments.only for row in compare(folder, case)]
     seconds = round(time.perf_counter() - start)
     print_table(rows)

@@ -26,7 +26,6 @@ from fastsd.plan.operations import Operation, Recorder
 from fastsd.sampling.generate import BATCH
 from fastsd.train.flow import Teacher
 from fastsd.train.memory import LiveBytes
-from fastsd.train.optim import flat_state
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON, Ops
@@ -123,9 +122,8 @@ class Rehearsal:
                 teacher = empty_teacher(shapes, self._model.unet.ops, self._device)
             ranks = RehearsedRanks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, self._communicate)
             self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, teacher=teacher, ranks=ranks)
-            for name, optimizer in self._step.optimizers.items():  # allocates the state, which is lazy
-                component = self._step.components[name]
-                flat_state(optimizer, component.names, component.layout.views)
+            for optimizer in self._step.optimizers.values():
+                optimizer.allocate_state()
 
         self.trained = self._step.trained
         self.owners = self._bytes_by_owner()

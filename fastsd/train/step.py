@@ -380,7 +380,8 @@ class Step:
         the next step. The others receive tensors without data.
         """
         for component in self.components.values():
-            component.collect()
+            component.collect_lows()
+            component.collect_averages()
         state = {"skipped": self.skipped} if optimizers else {}
         for name, optimizer in self.optimizers.items() if optimizers else ():
             component = self.components[name]
@@ -420,7 +421,7 @@ class Step:
     def collect_averages(self) -> None:
         """With sharded state, give the EMA of each component to all ranks, until the next step. All ranks must call this."""
         for component in self.components.values():
-            component.collect(lows=False)
+            component.collect_averages(everywhere=True)
 
     def weights_checksum(self) -> int:
         """Add the bits of all trained weights (high halves in bf16), the same on all ranks. Waits for the device."""

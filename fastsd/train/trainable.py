@@ -183,8 +183,8 @@ class TrainableComponent:
         master_lo: their flat low halves with bf16, otherwise None.
         gradients: the gradient arena, or None.
         ema: the flat EMA weights (K, size) of the K names in `averages`, or None.
-        shards: the division of the arena between the ranks, or None. `master_lo` and `ema` then are None, except between
-            `collect` and `drop_collected`, and `pieces_lo` and `pieces_ema` (K, elements) have this rank's pieces of them.
+        shards: the division of the arena between the ranks, or None. With shards, `pieces_lo` and `pieces_ema` (K, elements)
+            have this rank's pieces of `master_lo` and `ema`, which are None unless they are collected.
     """
 
     def __init__(
@@ -212,6 +212,7 @@ class TrainableComponent:
         self.ema: Tensor | None = None
         self.pieces_lo: list[Tensor] = []
         self.pieces_ema: list[Tensor] = []
+        self._average_everywhere = False
         self._hooks: list[RemovableHandle] = []
 
         # With bf16, the low halves of frozen parameters stay in main memory.
@@ -280,23 +281,23 @@ class TrainableComponent:
         """Return what this rank updates of a tensor in the layout of the arena."""
         return self.shards.of(flat) if self.shards else [flat]
 
-    def collect(self, *, lows: bool = True, everywhere: bool = False) -> None:
-        """Gather the EMA, and the low halves if `lows`, into main memory until the next step. All ranks must call this.
-
-        All ranks receive the EMA. The low halves, which a checkpoint needs, are rank 0's only, unless `everywhere` is true.
-        """
-        if self.shards is None:
-            return
-        if self.pieces_ema and self.ema is None:
-            wholes = [self.shards.whole(list(pieces), everywhere=True) for pieces in zip(*self.pieces_ema, strict=True)]
-            self.ema = torch.stack(wholes)
-        if self.pieces_lo and lows:
+    def collect_lows(self, *, everywhere: bool = False) -> None:
+        """With shards, gather the low halves in main memory of rank 0, or `everywhere`, until the next step, on all ranks."""
+        if self.shards and self.pieces_lo:
             self.master_lo = self.shards.whole(self.pieces_lo, everywhere=everywhere)
 
+    def collect_averages(self, *, everywhere: bool = False) -> None:
+        """Gather the EMAs in the same way, unless that has been done."""
+        if self.shards and self.pieces_ema and (self.ema is None or everywhere > self._average_everywhere):
+            pieces_K = zip(*self.pieces_ema, strict=True)
+            self.ema = torch.stack([self.shards.whole(pieces, everywhere=everywhere) for pieces in pieces_K])
+            self._average_everywhere = everywhere
+
     def drop_collected(self) -> None:
-        """Free what `collect` has gathered."""
+        """Free what was gathered."""
         if self.shards:
             self.master_lo = self.ema = None
+            self._average_everywhere = False
 
     @property
     def trained(self) -> bool:
@@ -383,7 +384,7 @@ class TrainableComponent:
             hook.remove()
         if self.gradients is not None:
             self.gradients.release()
-        self.collect(everywhere=True)
+        self.collect_lows(everywhere=True)
         exact_weights = self.state()
         self.drop_collected()
         for name, parameter in self.module.named_parameters():

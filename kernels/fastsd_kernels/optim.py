@@ -148,6 +148,12 @@ class FastOptimizer(Optimizer):
     def _finish(self, found_inf: Tensor | None) -> None:
         """Complete the step after all parameters are updated."""
 
+    def allocate_state(self) -> None:
+        """Create the state of all parameters, which otherwise happens in the first step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state_of(p)
+
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """Return the state of one parameter, initialised to zeros on first use."""
         state: dict[str, Tensor] = self.state[p]

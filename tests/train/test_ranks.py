@@ -16,10 +16,12 @@ from step_inputs import OPTIMIZERS, batches, stage_of
 from tiny import ONE_LEVEL, make_tiny_model
 
 from fastsd.data.loader import Batch
+from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
 from fastsd.train import shards
 from fastsd.train.ranks import ALONE, Ranks, check_stage, joined_ranks, local_device, ranks_of
 from fastsd.train.step import Step
+from fastsd_kernels import TRITON
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SHARE = 2  # images of each rank
@@ -62,6 +64,25 @@ def test_a_stage_that_ranks_cannot_share_is_refused():
         check_stage(stage_of(batch=2), "one", Ranks(0, 4, 0, 4))
     with refused("ranks-fused", ranks=2):
         check_stage(stage_of(fused_backward=True), "one", Ranks(0, 2, 0, 2))
+
+
+def test_sharded_state_takes_a_share_of_the_memory():
+    """SD1.5's UNet in bf16 with D-Lion and an EMA, on one of eight ranks."""
+    kept = []
+    for shard_state in (False, True):
+        empty = empty_model(Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE), TRITON)
+        stage = stage_of(batch=8, precision="bf16", ema=0.9, shard_state=shard_state, train=["unet"])
+        step = Step(empty, stage, 9, seed=0, ranks=Ranks(3, 8, 3, 8), cached_text=True)
+        step.optimizers["unet"].allocate_state()
+        roles = step.tensors_by_role().items()
+        kept.append({role: sum(t.numel() * t.element_size() for t in tensors) for role, tensors in roles})
+    count, piece = kept[0]["ema"] // 4, shards.sharded_size(kept[0]["ema"] // 4, 8)
+    numbers = 8 + 8  # of D-Lion, in bytes
+    assert kept[0] == {"weights": 4 * count, "gradients": 4 * count, "state": 8 * count + numbers, "ema": 4 * count}
+    whole = 8 * piece  # the arena ends with whole blocks of all ranks
+    weights = 2 * whole + 2 * piece
+    assert kept[1] == {"weights": weights, "gradients": 4 * whole, "state": 8 * piece + numbers, "ema": 4 * piece}
+    assert 0 <= whole - count < 8 * shards.BLOCK and 859_000_000 < count < 861_000_000
 
 
 def sent_bytes() -> int:
