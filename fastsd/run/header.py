@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import mul
+
 import torch
 
 from fastsd.config.conversion import clip_skip_note
@@ -13,6 +15,7 @@ from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
 from fastsd.terminal.texts import size_text
 from fastsd.train.device import describe_ops
+from fastsd.train.precision import COMPUTE_DTYPE
 
 
 def header(run: Run) -> dict[str, str]:
@@ -44,8 +47,9 @@ def header(run: Run) -> dict[str, str]:
         "stages": "\n".join(stages),
     }
     if (ranks := run.ranks).world > 1:
-        sent = size_text(max(run.parameter_counts) * 4 * 2 * (ranks.world - 1) / ranks.world)
-        lines["ranks"] = f"{ranks.world}, each with 1/{ranks.world} of a batch; each sends {sent} of gradients a step"
+        sizes_sent = map(mul, run.parameter_counts, map(_sent_bytes, config.stage))
+        sent = size_text(max(sizes_sent) * (ranks.world - 1) / ranks.world)
+        lines["ranks"] = f"{ranks.world}, each with 1/{ranks.world} of a batch; each sends {sent} a step"
     if config.model.clip_skip:
         lines["text"] = clip_skip_note(config.model.clip_skip)
     lines["line"] = legend(
@@ -54,6 +58,11 @@ def header(run: Run) -> dict[str, str]:
     if data.sets.measured:
         lines["validation"] = f"{run.evaluation.validation}, every {config.validate_.every}"
     return lines
+
+
+def _sent_bytes(stage: StageTable) -> int:
+    """Return the bytes that ranks exchange for each parameter: its gradient, and its sum or, with sharded state, its weight."""
+    return 4 + COMPUTE_DTYPE[stage.precision if stage.shard_state else "fp32"].itemsize
 
 
 def _describe_stage(stage: StageTable) -> str:

@@ -6,7 +6,7 @@ Read next: `fastsd/run/checkpoint.py`, which writes a checkpoint so that a crash
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,13 +140,19 @@ class Saving:
 
         progress = replace(progress, logs=self.report.digests())
         args = progress, content, step.stage.keep_checkpoints
+        private = step_state.keys() if step.sharded else set()  # gathered in main memory for this checkpoint
         first = not checkpoint.checkpoints(self.folder / "checkpoints")
-        if wait or first or progress.stage_done or not content.changed <= components.keys() or not self._has_room(content):
+        if (
+            wait
+            or first
+            or progress.stage_done
+            or not content.changed <= components.keys()
+            or not self._has_room(content, private)
+        ):
             self._write(*args, keep=keep)
         else:
             content.weights = {name: partial(dict, components[name].state(copy=True)) for name in content.changed}
             content.weights = weights | content.weights
-            private = step_state.keys() if step.sharded else ()  # gathered for this checkpoint
             content.state = {name: tensor if name in private else host_copy(tensor) for name, tensor in state.items()}
             if adapters:
                 content.adapters = {name: components[name].state(ADAPTER, copy=True) for name in adapters}
@@ -187,11 +193,11 @@ class Saving:
         """Return True if the optimizer state of a complete stage goes to the next one."""
         return progress.stage_done and progress.stage + 1 < len(self.config.stage) and self._continues(progress)
 
-    def _has_room(self, content: Content) -> bool:
-        """Return True if main memory has room for copies. Warn the first time that it has not."""
+    def _has_room(self, content: Content, private: Set[str]) -> bool:
+        """Return True if main memory has room for copies of all but the `private` state. Warn the first time that it has not."""
         parameters = [parameter for name in content.changed for parameter in self.model.component(name).parameters()]
         needed = sum(4 * parameter.numel() for parameter in parameters)  # in fp32
-        needed += sum(tensor.numel() * tensor.element_size() for tensor in content.state.values())
+        needed += sum(t.numel() * t.element_size() for name, t in content.state.items() if name not in private)
         free = max(0, main_memory() - _RESERVE)
         if needed > free and not self._warned:
             self._warned = True
