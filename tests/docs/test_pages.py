@@ -46,6 +46,7 @@ FIGURES = {  # blocks that are no code, by their first word
     "runs/xlsd/": "the files of a run",
     "kernels/": "the folders of the repository",
     "kernels/fastsd_kernels/": "the floors",
+    "#!/bin/bash": "a Slurm job; tests/faults/rank_kills.py runs it with stand-ins of srun and scontrol",
 }
 NOT_RUN = {  # programs that are only checked to exist, with the reason
     "fastsd demo": "takes minutes; .ci/run and tests/demo run it",

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from jobs import workshop
+from rank_kills import RankKills, slurm
 from soak import growth, soak
 from table import rows
 
@@ -17,6 +18,15 @@ def test_no_fault_loses_anything(kind):
     with workshop() as shop:
         reasons = list(dict(rows(shop, 1, random.Random(0)))[kind])
     assert reasons and [reason for reason in reasons if reason] == []
+
+
+def test_no_killed_rank_loses_anything(tmp_path):
+    trials = list(RankKills(tmp_path).trials(20, random.Random(0)))
+    assert [trial for trial in trials if trial["problem"]] == []
+
+
+def test_the_slurm_job_of_the_page_trains(tmp_path):
+    assert "same samples" in slurm(tmp_path)
 
 
 def test_nothing_grows():

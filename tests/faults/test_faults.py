@@ -8,6 +8,7 @@ import pytest
 from jobs import EVERYTHING, workshop
 from power_cuts import power_cuts
 from power_loss import Disk
+from rank_kills import RankKills
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")]
 
@@ -25,6 +26,11 @@ def check(trials):
 
 def test_killed_runs_end_equal(shop):
     check(kinds.kills(shop, 10, random.Random(1)))
+
+
+def test_killed_ranks_end_equal(tmp_path):
+    trials = list(RankKills(tmp_path).trials(2, random.Random(1)))
+    assert [trial["problem"] for trial in trials] == ["", ""]
 
 
 @pytest.mark.parametrize("name", [EVERYTHING, "one checkpoint kept", "two stages, state carried"])

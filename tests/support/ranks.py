@@ -39,7 +39,7 @@ def start_ranks(shared: dict[str, str], function: str, *arguments: object) -> li
     return ranks
 
 
-def ended(ranks: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+def ended(ranks: list[BaseProcess], seconds: float = 600) -> list[int | None]:
     """Wait until all ranks have ended, and return their exit codes."""
     for process in ranks:
         process.join(seconds)

@@ -45,6 +45,7 @@ from fastsd.data.building import collect
 from fastsd.data.building.buckets import Buckets, Size, crop_position
 from fastsd.data.building.build import CacheProgress, ProgressCallback, check_resolution
 from fastsd.data.building.decode import decode
+from fastsd.data.building.machines import Alone
 from fastsd.data.building.pipeline import Clock, read_content
 from fastsd.data.building.store import Shard, Store
 from fastsd.data.sources import folders
@@ -155,7 +156,7 @@ def open_audit(config: Config, vaes: Sequence[Vae], report: ProgressCallback, no
 
             def prepare() -> None:
                 space = audit.space(vaes[0])
-                collect.fill(store, space, sources, unused, config.data, vaes[0].downscale, pool, report)
+                collect.fill(store, space, sources, unused, config.data, vaes[0].downscale, pool, report, Alone(store.folder))
 
             # Not the table of the view, which a `fastsd cache` that starts meanwhile would take for one with planned rows.
             with collect.sample_table(store, f"audit-{cache.view_name(config, vaes[0].hash)}", prepare, notify):
