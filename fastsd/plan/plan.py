@@ -73,7 +73,7 @@ class StagePlan:
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
         self.card, self.cluster, self.ranks = card, cluster, cluster.ranks if cluster else ALONE
         self.images = self.ranks.share(stage.batch)  # of a batch, on one GPU
-        self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
+        self.ops, self.side, self.resolution = ops or TRITON or REFERENCE, shapes.side(resolution), resolution
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._needs: dict[tuple[int, str], MemoryEstimate] = {}
         self._pairs: dict[tuple[int, str], MemoryEstimate] = {}  # steps with two micro-batches
@@ -165,6 +165,15 @@ class StagePlan:
         assert self.cluster is not None
         compute = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
         return StepTimes.of(compute, self.parts(micro_batch_size, checkpointing), card, self.stage.precision, self.cluster)
+
+    def otherwise_sharded(self) -> StagePlan | None:
+        """Return a plan with the other value of `shard_state`. None for one GPU."""
+        sharded = self.stage.shard_state
+        if self.cluster is None or self.cluster.gpus == 1:
+            return None
+        stage = self.stage.model_copy(update={"shard_state": not sharded})
+        args = self.shapes, stage, self.resolution, self.device_bytes, self.ops
+        return StagePlan(*args, cached_text=self.cached_text, card=self.card, cluster=self.cluster)
 
     def files(self) -> tuple[dict[str, int], int, int]:
         """Return the bytes of each component in fp32, of the stage's optimizer state, and of its averages."""
@@ -313,6 +322,11 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], 
     if plan.cluster and plan.cluster.gpus > 1:
         times = {card.name: plan.step_times(card, micro_batch_size) for card in cards}
         entry["ranks"] = describe_ranks(plan.parts(micro_batch_size), times, plan.cluster, plan.images)
+        if other := plan.otherwise_sharded():
+            totals = [p.need(micro_batch_size).total + RESERVED for p in (plan, other)]
+            entry["ranks"]["sharded"], entry["ranks"]["unsharded"] = totals[
+                :: 1 if getattr(stage, "shard_state", False) else -1
+            ]
     return entry | {"largest_micro_batch": largest, "levels": levels, "images_per_second": speeds, "seconds": seconds}
 
 
@@ -349,6 +363,9 @@ def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
         console.echo(f"  {card:<12}{range_text(pair):>12}   {duration:<{width}}" + columns(ranks, card))
     if ranks:
         console.echo("  " + sent_text(ranks))
+        if "sharded" in ranks:
+            sharded, unsharded = (f"{ranks[key] / GIB:.2f} GiB" for key in ("sharded", "unsharded"))
+            console.echo(f"  with shard_state = true, each GPU needs {sharded} in total, without it {unsharded}")
     console.echo("  " + _verdict(entry, vram))
 
 

@@ -124,6 +124,8 @@ class Rehearsal:
             self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, teacher=teacher, ranks=ranks)
             for optimizer in self._step.optimizers.values():
                 optimizer.allocate_state()
+        if ranks.world > 1:  # also the first backward, which shows how many gradients make a chunk complete
+            self._run(1, "none", 1)
 
         self.trained = self._step.trained
         self.owners = self._bytes_by_owner()
@@ -131,14 +133,20 @@ class Rehearsal:
         self._unowned_bytes = self._live.now - sum(self.owners.values())
         self._sampling = self._sample()
         self._model.unet.register_forward_hook(lambda *_: self._bytes_after_forward.append(self._live.now))
-        if ranks.world > 1:  # the first backward shows how many gradients make a chunk complete
-            self.step(1, "none")
 
     def _communicate(self, event: Message | Wait) -> None:
         self._parts.append(Part(self._recorder.since_last(), event))
 
     def step(self, micro_batch_size: int, checkpointing: str, micro_batches: int = 1) -> MemoryEstimate:
         """Run one step of `micro_batches` forwards and backwards with `micro_batch_size` images each, and one update."""
+        bytes_before, operations = self._run(micro_batch_size, checkpointing, micro_batches)
+        forward_bytes = self._bytes_after_forward[0]
+        working = self._live.peak - forward_bytes + self._unowned_bytes
+        activations, parts = forward_bytes - bytes_before, tuple(self._parts)
+        return MemoryEstimate(micro_batch_size, self.owners, activations, working, self._sampling, operations, parts)
+
+    def _run(self, micro_batch_size: int, checkpointing: str, micro_batches: int) -> tuple[int, Counter[Operation]]:
+        """Run a step. Return the bytes that were alive before, and the operations."""
         self._model.unet.checkpointing, self._step.micro_batch_size = checkpointing, micro_batch_size
         self._bytes_after_forward, self._parts = [], []
         count = micro_batches * micro_batch_size
@@ -155,11 +163,7 @@ class Rehearsal:
             self._live.restart()
             bytes_before = self._live.now
             self._step(Batch(latents, token_ids, positions, [], text_embeds), 0)
-
-        forward_bytes, operations = self._bytes_after_forward[0], recorder.operations
-        working = self._live.peak - forward_bytes + self._unowned_bytes
-        activations, parts = forward_bytes - bytes_before, tuple(self._parts)
-        return MemoryEstimate(micro_batch_size, self.owners, activations, working, self._sampling, operations, parts)
+        return bytes_before, recorder.operations
 
     def _sample(self) -> int:
         """Return the bytes by which drawing a full batch of guided samples raises memory. Samples are decoded one by one."""

@@ -194,7 +194,7 @@ class Saving:
         return progress.stage_done and progress.stage + 1 < len(self.config.stage) and self._continues(progress)
 
     def _has_room(self, content: Content, private: Set[str]) -> bool:
-        """Return True if main memory has room for copies of all but the `private` state. Warn the first time that it has not."""
+        """Return True if main memory has room for copies of all but `private` state. Warn the first time that it has not."""
         parameters = [parameter for name in content.changed for parameter in self.model.component(name).parameters()]
         needed = sum(4 * parameter.numel() for parameter in parameters)  # in fp32
         needed += sum(t.numel() * t.element_size() for name, t in content.state.items() if name not in private)
