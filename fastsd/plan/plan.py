@@ -73,7 +73,7 @@ class StagePlan:
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
         self.card, self.cluster, self.ranks = card, cluster, cluster.ranks if cluster else ALONE
         self.images = self.ranks.share(stage.batch)  # of a batch, on one GPU
-        self.ops, self.side, self.resolution = ops or TRITON or REFERENCE, shapes.side(resolution), resolution
+        self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._needs: dict[tuple[int, str], MemoryEstimate] = {}
         self._pairs: dict[tuple[int, str], MemoryEstimate] = {}  # steps with two micro-batches
@@ -171,9 +171,10 @@ class StagePlan:
         sharded = self.stage.shard_state
         if self.cluster is None or self.cluster.gpus == 1:
             return None
-        stage = self.stage.model_copy(update={"shard_state": not sharded})
-        args = self.shapes, stage, self.resolution, self.device_bytes, self.ops
-        return StagePlan(*args, cached_text=self.cached_text, card=self.card, cluster=self.cluster)
+        other = copy(self)
+        other.stage = self.stage.model_copy(update={"shard_state": not sharded})
+        other._rehearsals, other._needs, other._pairs = {}, {}, {}
+        return other
 
     def files(self) -> tuple[dict[str, int], int, int]:
         """Return the bytes of each component in fp32, of the stage's optimizer state, and of its averages."""
