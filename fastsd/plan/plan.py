@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from fastsd.plan.large_data import describe_data, print_data
 from fastsd.plan.links import Cluster
 from fastsd.plan.operations import Operation
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
-from fastsd.plan.several_gpus import columns, describe_ranks, sent_text
+from fastsd.plan.several_gpus import columns, describe_ranks, lines_of
 from fastsd.plan.step_time import step_seconds, workspace_bytes
 from fastsd.storage import replace_file
 from fastsd.terminal.console import STDOUT, Console, counted, work
@@ -363,10 +364,8 @@ def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
         duration = duration_text(*seconds[card])
         console.echo(f"  {card:<12}{range_text(pair):>12}   {duration:<{width}}" + columns(ranks, card))
     if ranks:
-        console.echo("  " + sent_text(ranks))
-        if "sharded" in ranks:
-            sharded, unsharded = (f"{ranks[key] / GIB:.2f} GiB" for key in ("sharded", "unsharded"))
-            console.echo(f"  with shard_state = true, each GPU needs {sharded} in total, without it {unsharded}")
+        for line in lines_of(ranks):
+            console.echo("  " + line)
     console.echo("  " + _verdict(entry, vram))
 
 

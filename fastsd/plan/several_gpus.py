@@ -36,8 +36,12 @@ def columns(ranks: Mapping[str, Any] | None, card: str = "") -> str:
     return f"{f'{low:.0f}-{high:.0f} %':>14}   {range_text([1000 * seconds for seconds in ranks['waits'][card]])} ms"
 
 
-def sent_text(ranks: Mapping[str, Any]) -> str:
-    """Return a line on the bytes that a GPU sends."""
+def lines_of(ranks: Mapping[str, Any]) -> list[str]:
+    """Return the lines on what a GPU sends, and on its memory with sharded state."""
     share = 100 * ranks["sent_early"] / ranks["sent"]
     sent = f"each GPU sends {size_text(ranks['sent'])} per step in {ranks['messages']} messages"
-    return f"{sent}; {share:.1f} % of it can leave before the backward ends"
+    lines = [f"{sent}; {share:.1f} % of it can leave before the backward ends"]
+    if "sharded" in ranks:
+        sharded, unsharded = (f"{ranks[key] / (1 << 30):.2f} GiB" for key in ("sharded", "unsharded"))
+        lines.append(f"with shard_state = true, each GPU needs {sharded} in total, without it {unsharded}")
+    return lines
