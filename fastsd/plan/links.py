@@ -112,9 +112,8 @@ def cluster_of(gpus: int | None, machines: int | None, interconnect: str, networ
         option = next((name for name, value in options.items() if value not in (None, "")), None)
         if option is None:
             return None
-        raise UserError(
-            "gpus-missing", f"{option} is {options[option]}, but --gpus is missing; add --gpus N, for example --gpus 8"
-        )
+        problem, example = f"{option} is {options[option]}, but --gpus is missing", PER_MACHINE * max(machines or 1, 1)
+        raise UserError("gpus-missing", f"{problem}; add --gpus N, for example --gpus {example}")
     if gpus < 1:
         raise UserError("gpus-invalid", f"--gpus is {gpus}; give the number of GPUs that train together, at least 1")
     link = find_link(interconnect or "pcie4", "--interconnect")

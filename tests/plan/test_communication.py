@@ -254,7 +254,7 @@ def test_links_are_found_by_names_and_rates():
         ((0, None, "", ""), "gpus-invalid", {"gpus": 0}),
         ((-2, None, "", ""), "gpus-invalid", {"gpus": -2}),
         ((None, None, "pcie4", ""), "gpus-missing", {"option": "--interconnect", "value": "pcie4"}),
-        ((None, 2, "", ""), "gpus-missing", {"option": "--machines", "value": 2}),
+        ((None, 3, "", ""), "gpus-missing", {"option": "--machines", "value": 3, "gpus": 24}),
         ((None, None, "", "100gbe"), "gpus-missing", {"option": "--network"}),
         ((8, None, "-5", ""), "link-rate", {"option": "--interconnect", "rate": -5, "sender": "GPU"}),
         ((8, None, "0", ""), "link-rate", {"rate": 0}),
@@ -273,6 +273,11 @@ def test_bad_options_are_refused(arguments, code, fields):
         cluster_of(*arguments)
 
 
+def test_advice_on_options_is_accepted():
+    assert cluster_of(24, 3, "", "") and find_link("pcie5", "--interconnect")
+    assert all(cluster_of(8, machines, "", "") for machines in (1, 2, 4, 8)) and cluster_of(8, 2, "", "100gbe")
+
+
 STAGE = '[[stage]]\nname = "one"\ntrain = ["unet"]\nuntil = 10\nbatch = 4\noptimizer = "lion"\nlr = 1e-4\n'
 
 
@@ -287,6 +292,7 @@ def test_plan_tells_what_several_gpus_change(tmp_path, tiny_model, images, monke
     ranks = entry["ranks"]
     assert entry["micro_batch"] == 2 and ranks["images"] == 2 and "batch 4 = 2 GPUs x 1 x 2" in out
     assert says(out, "plan-sent", messages=ranks["messages"]) and 0 < ranks["sent_early"] < ranks["sent"]
+    assert says(out, "plan-sharded") == ("sharded" in ranks) and ranks.get("sharded", 0) < ranks.get("unsharded", 1)
     # The gradients once for each direction, and a few elements that wait for the end.
     assert ranks["sent"] == pytest.approx(entry["memory"]["gradients"], rel=0.01)
     least, highest = ranks["efficiency"]["RTX 4090"]
