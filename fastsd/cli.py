@@ -307,6 +307,7 @@ def swap_vae(
     limit: args.MostImages = 256,
     fit: args.Fit = "",
     vae_scaling_factor: args.ScalingFactor = None,
+    normalise: args.Normalise = None,
     tokenizer: args.Tokenizer = "",
     resolution: args.Resolution = 0,
     precision: args.SwapPrecision = Precision.fp32,
@@ -316,7 +317,13 @@ def swap_vae(
     """Replace the VAE of BASE. With --images, the UNet is aligned to the new latents before any training."""
     from fastsd.commands.swap_vae import swap_vae
 
-    options: dict[str, Any] = {"tokenizer": tokenizer, "precision": precision.value, "device": device, "seed": seed}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "precision": precision.value,
+        "device": device,
+        "seed": seed,
+        "normalise": normalise,
+    }
     swap_vae(base, vae, out, images, fit, limit, resolution, vae_scaling_factor, **options)
 
 

@@ -362,6 +362,10 @@ AlignmentImages = Annotated[
 ]
 MostImages = Annotated[int, Option("--limit", min=8, metavar="N", help="Largest number of images to use.")]
 Fit = Annotated[str, Option("--fit", metavar="NAME", help="Fit: plain, orthogonal, affine or kernel (default: smallest loss).")]
+Normalise = Annotated[
+    Path | None,
+    Option("--normalise", metavar="DIR", help="Latent cache of VAE: give each of its channels mean 0 and deviation 1 on it."),
+]
 Resolution = Annotated[int, Option("--resolution", min=0, metavar="PX", help="Image size; 0 = the model's native size.")]
 SwapPrecision = Annotated[Precision, Option("--precision", help="Precision of measurements: fp32 or bf16.")]
 Seed = Annotated[int, Option("--seed", min=0, metavar="N", help="Seed that selects images, noise and timesteps.")]

@@ -67,6 +67,7 @@ EXAMPLES = {
     ),
     "swap-vae": examples(
         "swap-vae base.safetensors stabilityai/sdxl-vae start --images photos",
+        "swap-vae base.safetensors flux-vae start --images photos --normalise cache",
     ),
     "average": examples(
         "average runs/xlsd --sigma-rel 0.07",

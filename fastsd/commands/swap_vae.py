@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from fastsd.commands.progress import progress
 from fastsd.config.schema import FolderTable, ModelTable
+from fastsd.data.building import upkeep
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.build import ProgressCallback
 from fastsd.data.building.decode import decode, probe
@@ -38,6 +40,7 @@ from fastsd.model import align
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import component_state_dict, load_vae, write_component, write_rest
 from fastsd.model.formats.write import check_folder_name
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
@@ -69,6 +72,7 @@ def swap_vae(
     precision: str = "fp32",
     device: str = "auto",
     seed: int = 0,
+    normalise: Path | None = None,
     console: Console = STDOUT,
 ) -> dict[str, Any]:
     """Replace the VAE of `base` by `vae`, write the model to `out`, and return the contents of swap.json.
@@ -79,6 +83,7 @@ def swap_vae(
         fit: one of `FITS`; "" = the fit with the smallest loss, or plain if there are no images.
         limit: largest number of images to use.
         resolution: side in px to which images are resized and cropped; 0 = the UNet's own.
+        normalise: a latent cache of the VAE. Its channels' means and deviations replace the VAE's factor and shift.
         precision: precision of the UNet while losses are measured, fp32 or bf16. The output is fp32.
 
     Raises:
@@ -96,12 +101,16 @@ def swap_vae(
             "trained from, or omit --images",
         )
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
+    if normalise:
+        _normalise(new_vae, normalise)
     _check_vaes(model.vae, new_vae, vae, aligning=bool(images))
-    _print_changes(console, model, new_vae)
+    _print_changes(console, model, new_vae, aligning=bool(images))
 
     fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # for the output
     edge_layers = align.edge_layers(model.unet)
     record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
+    if normalise:
+        record |= {"normalised": str(normalise)} | new_vae.latent_space.settings()
     if images:
         record |= {"images": str(images), "seed": seed, "precision": precision}
         new_vae.to(compute_device, torch.float32)
@@ -132,6 +141,28 @@ def swap_vae(
         raise UserError("swap-unwritable", f"OUT {out} cannot be written ({reason}); fix that and run again") from error
     console.echo(f"{out}: {base} with VAE {vae}, fit {record['fit']}")
     return record
+
+
+def _normalise(vae: Vae, cache_dir: Path) -> None:
+    """Give every channel of a VAE mean 0 and deviation 1 over a cache's latents. Raises UserError if they cannot tell."""
+    views = upkeep.stats(cache_dir).views.values()
+    measured = max((view for view in views if view.meta.vae_hash == vae.hash), key=lambda view: view.meta.cached, default=None)
+    if measured is None:
+        raise UserError(
+            "swap-normalise-latents",
+            f"--normalise is {str(cache_dir)!r}, which has no latents of VAE {vae.name}; cache images with "
+            f"`fastsd cache CONFIG model.vae={quote(vae.name)}` first",
+        )
+    shift_C, scale_C = measured.meta.latent_space.per_channel(vae.channels)
+    mean_C, std_C = torch.tensor(measured.mean).double() / scale_C + shift_C, torch.tensor(measured.std).double() / scale_C
+    constant = (std_C <= 1e-6 * (1 + mean_C.abs())).nonzero().flatten().tolist()
+    if constant:
+        raise UserError(
+            "swap-normalise-constant",
+            f"--normalise is {str(cache_dir)!r}, in whose {measured.measured} latents channel {constant[0]} has deviation 0; "
+            "cache other images, or omit --normalise",
+        )
+    vae.set_latent_space(LatentSpace(1.0, 0.0, tuple(mean_C.tolist()), tuple(std_C.tolist())))
 
 
 def _check_options(out: Path, images: Path | None, fit: str, vae_scaling_factor: float | None, precision: str) -> None:
@@ -189,14 +220,15 @@ def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
         )
 
 
-def _print_changes(console: Console, model: Model, new: Vae) -> None:
+def _print_changes(console: Console, model: Model, new: Vae, *, aligning: bool) -> None:
     base_vae, channels = model.vae, model.unet.cfg.in_channels
     console.echo(f"VAE {base_vae.latent_space} -> {new.latent_space}")
     for note in model.notes:
         console.warn(note)
     if new.channels != channels:
-        change = "widened, new channels start at zero" if new.channels > channels else "narrowed, extra channels removed"
-        console.echo(f"latent channels {channels} -> {new.channels}: first and last convolution {change}")
+        change = "widened" if new.channels > channels else "narrowed, extra channels removed"
+        start = "" if aligning or new.channels < channels else ", new channels start at zero"
+        console.echo(f"latent channels {channels} -> {new.channels}: first and last convolution {change}{start}")
     if new.downscale != base_vae.downscale:
         change = f"{base_vae.downscale} -> {new.downscale}"
         console.warn(f"VAE downscale {change}: latents have other sizes than those the UNet was trained on")
@@ -313,7 +345,10 @@ class _Alignment:
         self.strata = Strata(model, STRATA, seed, Purpose.ALIGNMENT)
         self.fit_index_N, self.measure_index_N = pairs.indices(measuring=False), pairs.indices(measuring=True)
         self.start_time, self.done = time.perf_counter(), 0
-        self.total = len(self.fit_index_N) + (1 + len(FITS)) * len(self.measure_index_N)
+        channels, new_channels = pairs.x_NCHW.shape[1], pairs.y_NDHW.shape[1]
+        self.gains = align.GAINS if new_channels > channels else ()  # of the part of y_t that the base does not take
+        refits = max(len(self.gains), 1)
+        self.total = refits * len(self.fit_index_N) + (len(FITS) + refits) * len(self.measure_index_N)
 
     @torch.no_grad()
     def compare(self, edge_layers: align.EdgeLayers) -> dict[str, _Measured]:
@@ -327,11 +362,19 @@ class _Alignment:
         fits += [fit(fit_pairs, schedule) for fit in (align.fit_orthogonal, align.fit_affine, align.fit_kernel)]
         for name, fit in zip(FITS, fits, strict=True):
             mapped_layers = align.fold_into_edges(edge_layers, fit)
-            if name == "kernel":
-                mapped_layers = self._refit(mapped_layers)
-            mapping = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
-            loss = self._loss(mapped_layers, self.pairs.y_NDHW)
-            results[name] = _Measured(mapped_layers, measure_pairs.r2(fit), loss, mapping)
+            record: dict[str, Any] = {}
+            if fit.A is not None and fit.c is not None:
+                record = {"A": fit.A.tolist(), "c": fit.c.tolist()}
+            starts: dict[float, align.EdgeLayers] = {0.0: mapped_layers}
+            if name == "kernel" and self.gains:
+                starts = {gain: align.pass_rest(mapped_layers, edge_layers, fit_pairs, schedule, gain) for gain in self.gains}
+            candidates = []
+            for gain, start in starts.items():
+                layers = self._refit(start) if name == "kernel" else start
+                gains = {"gain": gain} if gain else {}
+                loss = self._loss(layers, self.pairs.y_NDHW)
+                candidates.append(_Measured(layers, measure_pairs.r2(fit), loss, record | gains))
+            results[name] = min(candidates, key=lambda candidate: candidate.loss["loss"])
         return results
 
     def _refit(self, edge_layers: align.EdgeLayers) -> align.EdgeLayers:
@@ -342,7 +385,7 @@ class _Alignment:
             for features_BFHW, target_BDHW in self.strata.forwards(*batch):
                 for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # one image's patches in memory
                     moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
-        return align.refit_last(edge_layers, moments)
+        return align.refit_last(edge_layers, moments, align.REST_RIDGE if self.gains else align.LAST_RIDGE)
 
     def _loss(self, edge_layers: align.EdgeLayers, latents_NCHW: Tensor) -> dict[str, float]:
         align.put(self.model.unet, edge_layers)

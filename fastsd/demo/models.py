@@ -1,7 +1,8 @@
 """Train the two models that `fastsd demo` ships with, from scratch: `python -m fastsd.demo.models OUT`.
 
 `OUT/base` is a diffusers folder with a tiny Stable Diffusion 1.5 that can draw the shapes of `world`. `OUT/vae` is a second
-VAE. It has the same architecture, but another latent space and another scaling factor. All weights are fp16.
+VAE. It has the same architecture, but another latent space and another scaling factor. `OUT/vae16` is a third one with 16
+latent channels, a scale and a shift, as SD3's has. All weights are fp16.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class VaeRecipe:
 
 BASE_VAE = VaeRecipe(seed=1, kl_weight=3e-3, steps=2500, rate=2e-3)
 OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5, steps=300, rate=1e-3)
+WIDE_VAE = VaeRecipe(seed=3, kl_weight=1e-5, steps=400, rate=1e-3)
+WIDE_CHANNELS = 16
 # The other VAE's latent space starts as the base's space, turned in two planes of its four channels, stretched and shifted.
 TURN, STRETCH, OFFSET = math.radians(60), 1.7, (0.3, -0.3, 0.2, -0.2)
 
@@ -197,6 +200,40 @@ def relative(vae: AutoencoderKL) -> AutoencoderKL:
     return other
 
 
+@torch.no_grad()
+def widened(vae: AutoencoderKL, channels: int = WIDE_CHANNELS, seed: int = WIDE_VAE.seed) -> AutoencoderKL:
+    """Return a VAE with more latent channels and no 1x1 convolutions, as SD3's and Flux.1's, that training then completes.
+
+    It starts from the given VAE, whose 1x1 convolutions are folded into their neighbours. New channels are random projections
+    of the encoder's features, which the decoder does not use yet. All channels are mixed by a random rotation, so none of them
+    is a channel of the given VAE.
+    """
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    wide = AutoencoderKL(
+        **config | {"latent_channels": channels, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0}
+    )
+    state, old = vae.state_dict(), vae.config.latent_channels
+    for name, tensor in wide.state_dict().items():
+        if name in state and state[name].shape == tensor.shape:
+            tensor.copy_(state[name])
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0]
+    quant, post_quant = state["quant_conv.weight"][:, :, 0, 0], state["post_quant_conv.weight"][:, :, 0, 0]
+
+    weight = torch.einsum("ij,jkhw->ikhw", quant, state["encoder.conv_out.weight"])
+    bias = quant @ state["encoder.conv_out.bias"] + state["quant_conv.bias"]
+    new = torch.randn(channels - old, *weight.shape[1:], generator=generator) * weight[:old].std()
+    conv_out, conv_in = wide.encoder.conv_out, wide.decoder.conv_in
+    conv_out.weight[:channels] = torch.einsum("ij,jkhw->ikhw", mixing, torch.cat([weight[:old], new]))
+    conv_out.bias[:channels] = mixing[:, :old] @ bias[:old]
+    conv_out.weight[channels:], conv_out.bias[channels:] = 0, bias[old:].mean()
+
+    decoder_weight = torch.einsum("okhw,kj->ojhw", state["decoder.conv_in.weight"], post_quant)
+    conv_in.weight.copy_(torch.einsum("ojhw,ij->oihw", decoder_weight, mixing[:, :old]))
+    conv_in.bias += torch.einsum("okhw,k->o", state["decoder.conv_in.weight"], state["post_quant_conv.bias"])
+    return wide
+
+
 def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> AutoencoderKL:
     """Train a VAE on drawn pictures, and set the scaling factor that gives its latents unit variance."""
     torch.manual_seed(recipe.seed)
@@ -222,8 +259,10 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
     vae.eval().requires_grad_(requires_grad=False)
     # Round to fp16 first, so that the scaling factor and all later training suit the stored weights.
     vae.half().float()
-    spread = encode(vae, [_picture_for_vae(rng) for _ in range(512)]).std() / vae.config.scaling_factor
-    vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
+    latents = encode(vae, [_picture_for_vae(rng) for _ in range(512)]) / vae.config.scaling_factor
+    if vae.config.shift_factor is not None:
+        vae.register_to_config(shift_factor=round(latents.mean().item(), 5))
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
 
 
@@ -360,6 +399,7 @@ def main() -> None:
     torch.manual_seed(BASE_VAE.seed)
     vae = train_vae(new_vae(), BASE_VAE)
     save_vae(out / "vae", train_vae(relative(vae), OTHER_VAE))
+    save_vae(out / "vae16", train_vae(widened(vae), WIDE_VAE))
     write_tokenizer(out / "base" / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(out / "base" / "tokenizer")
     text_encoder = train_text_encoder(tokenizer)

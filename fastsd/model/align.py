@@ -26,7 +26,22 @@ All fits share these limits. The offset enters x_t as a c, which changes with t,
 the least-squares value over uniform timesteps (for v, likewise b A^-1 c in the last convolution). At the border the UNet pads
 x_t with zeros, but the bias adds c there too; only the kernel fit accounts for that. Every fit is one linear map of a
 position or its neighbours. Spaces without such a relation (R^2 well below 0.9), or with another downscale, need training.
-If channel counts differ, Q and A are rectangular. If y has more, the UNet sees a projection and predicts no noise outside it.
+If channel counts differ, Q and A are rectangular. If y has fewer, nothing changes above. If y has more (D > C):
+
+Q            Q Q^T = 1, closest to x. Then |Q y|^2 depends on Q, so the singular vectors of the cross-covariance are not the
+             answer; `_widening` iterates to it (Nie, Zhang, Li 2017, "A generalized power iteration method for solving
+             quadratic problem on the Stiefel manifold"). Exact: Q e is white. Directions in which y hardly varies add the
+             noise that stretched directions lack, so x is approximated far better than by those singular vectors.
+the rest     w = N y, where the D - C rows of N complete those of Q, and e = Q^T n + N^T e_w. Q^T n^ maps what the base
+             predicts. e_w needs y_t itself: with w ~ M x + m + r, the best linear estimate is
+
+                 e_w^ = b (a^2 Cov(r) + b^2)^-1 (w_t - M (x_t - b n^) - a m)
+
+             Only the kernel fit can estimate it. Its first convolution also writes w_t into those directions of the features
+             that the base uses least (`pass_rest`). The skip connection carries them past all blocks to the last one, and
+             `refit_last` reads both w_t and n^ there, by least squares over images, noise and timesteps: the noise's own best
+             estimate from the features. Approximate: the coefficients above change with t, but a convolution's do not; the
+             features that are added disturb the base. All other fits predict no noise outside of Q.
 
 Shapes: B images, C channels of x, D of y, H x W positions. Patches are 3x3, flattened channel first like convolution weights:
 9 C or 9 D numbers. F features enter the last convolution. K columns of N rows.
@@ -44,6 +59,8 @@ from fastsd.model.unet import UNet
 
 RIDGE = 1e-7  # ridge of the affine fit, as a multiple of the mean variance of y
 LAST_RIDGE = 1e-3  # ridge of the fit of conv_out, as a multiple of the mean variance of a feature
+REST_RIDGE = 1e-6  # the same if y has more channels than x, whose noise is to be read from small features
+GAINS = (0.7, 1.4, 2.8)  # deviations of the features that hold the rest of y_t, as multiples of that of all others together
 # conv_in.weight, conv_in.bias, conv_out.weight and conv_out.bias by name, in fp64 on the CPU.
 EdgeLayers = dict[str, Tensor]
 
@@ -152,7 +169,8 @@ def fit_plain(channels: int, new_channels: int) -> Fit:
 
 
 def fit_orthogonal(pairs: Pairs, schedule: Schedule) -> Fit:
-    """Fit Q by "A generalized solution of the orthogonal Procrustes problem" (Schoenemann 1966). c follows from the means."""
+    """Fit Q by "A generalized solution of the orthogonal Procrustes problem" (Schoenemann 1966), or by `_widening`. c follows
+    from the means."""
     Q, _, _, mean_x, mean_y = _procrustes(pairs)
     return _pointwise(Q, mean_x - Q @ mean_y, schedule)
 
@@ -187,9 +205,21 @@ def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
 
 def _procrustes(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return Q (C, D) and the results of `Pairs.centres`."""
-    xy, *moments = pairs.centres()
+    xy, yy, mean_x, mean_y = pairs.centres()
     U, _, V = torch.linalg.svd(xy, full_matrices=False)
-    return U @ V, xy, *moments
+    Q = U @ V if len(yy) <= len(xy) else _widening(U @ V, xy, yy)
+    return Q, xy, yy, mean_x, mean_y
+
+
+def _widening(Q: Tensor, xy: Tensor, yy: Tensor, steps: int = 2000) -> Tensor:
+    """Return Q (C, D), D > C, with Q Q^T = 1 that minimises mean |x - Q y|^2 near a given Q. Every step lowers the error."""
+    bound = torch.linalg.eigvalsh(yy)[-1] * torch.eye(len(yy)) - yy
+    for _ in range(steps):
+        U, _, V = torch.linalg.svd(Q @ bound + xy, full_matrices=False)
+        Q, previous = U @ V, Q
+        if (Q - previous).abs().max() < 1e-9:
+            break
+    return Q
 
 
 def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
@@ -218,6 +248,29 @@ def fold_into_edges(layers: EdgeLayers, fit: Fit) -> EdgeLayers:
     }
 
 
+def pass_rest(layers: EdgeLayers, base: EdgeLayers, pairs: Pairs, schedule: Schedule, gain: float) -> EdgeLayers:
+    """Return `layers` with a first convolution that also writes w_t - E[a] E[w], the rest of y_t, into its features.
+
+    Its D - C numbers go to the directions in which the base's features of x_t vary least, all with one deviation.
+
+    Args:
+        layers: the first convolution takes y_t, which has more channels than x_t.
+        base: the base's edge layers, which take x_t.
+        gain: the deviation of a direction per unit of w_t, as a multiple of that of all features of x_t together.
+    """
+    Q, _, _, _, mean_y = _procrustes(pairs)
+    rest_RD = torch.linalg.svd(Q)[2][len(Q) :]
+    in_weight_FP = base["conv_in.weight"].flatten(1)
+    white = torch.kron(torch.eye(len(Q)), pairs.inside.diag())
+    features_FF = in_weight_FP @ (schedule.power * pairs.xx + (1 - schedule.power) * white) @ in_weight_FP.T
+    directions_FR = torch.linalg.eigh(features_FF)[1][:, : len(rest_RD)]
+    written_FD = gain * features_FF.trace().sqrt() * directions_FR @ rest_RD[: directions_FR.shape[1]]
+    weight = layers["conv_in.weight"].clone()
+    weight[:, :, 1, 1] += written_FD
+    bias = layers["conv_in.bias"] - schedule.signal * written_FD @ mean_y
+    return layers | {"conv_in.weight": weight, "conv_in.bias": bias}
+
+
 def reading_features(layers: EdgeLayers) -> EdgeLayers:
     """Return `layers` with an identity as the last convolution. The UNet then returns its features (B, F, H, W)."""
     weight = layers["conv_out.weight"]
@@ -225,11 +278,11 @@ def reading_features(layers: EdgeLayers) -> EdgeLayers:
     return layers | {"conv_out.weight": identity, "conv_out.bias": torch.zeros(len(identity), dtype=weight.dtype)}
 
 
-def refit_last(layers: EdgeLayers, moments: Moments) -> EdgeLayers:
+def refit_last(layers: EdgeLayers, moments: Moments, ridge: float = LAST_RIDGE) -> EdgeLayers:
     """Return `layers` with a last convolution w fitted by least squares from features to targets.
 
     The fit minimises mean |target - w * features|^2 + r |w - w_0|^2 over w and its bias. w_0 is the weight in `layers`, and r
-    is `LAST_RIDGE` times the mean variance of a feature.
+    is `ridge` times the mean variance of a feature.
 
     Args:
         moments: the moments of rows with 9 F + D columns: a patch of features, followed by its target.
@@ -238,7 +291,7 @@ def refit_last(layers: EdgeLayers, moments: Moments) -> EdgeLayers:
     P = initial_DP.shape[1]  # 9 F
     covariance, mean = moments.covariance.cpu(), moments.mean.cpu()
     features_PP, cross_PD = covariance[:P, :P], covariance[:P, P:]
-    r = LAST_RIDGE * features_PP.diagonal().mean()
+    r = ridge * features_PP.diagonal().mean()
     weight_DP = torch.linalg.solve(features_PP + r * torch.eye(P), cross_PD + r * initial_DP.T).T
     bias = mean[P:] - weight_DP @ mean[:P]
     return layers | {"conv_out.weight": weight_DP.unflatten(1, (-1, 3, 3)), "conv_out.bias": bias}

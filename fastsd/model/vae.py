@@ -45,6 +45,11 @@ class Vae:
         self.module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
         return self
 
+    def set_latent_space(self, space: LatentSpace) -> None:
+        """Shift and scale latents otherwise from now on. The encoder, and with it the hash, stays as it is."""
+        self.latent_space = space
+        self.module.register_to_config(**space.settings())
+
     @property
     def scaling_factor(self) -> float:
         return self.latent_space.factor

@@ -15,6 +15,7 @@ from fastsd.commands.cache import cache
 from fastsd.commands.check import check
 from fastsd.commands.long_clip import long_clip
 from fastsd.commands.redraw import redraw
+from fastsd.commands.swap_vae import swap_vae
 from fastsd.compare.compare import compare
 from fastsd.compare.sweep import sweep
 from fastsd.config.schema import ModelTable, load_config
@@ -125,6 +126,19 @@ def test_xlsd(world):
     table = load_config(ROOT / "configs/demo.toml", [f"model.base={longer_run}/model", "model.vae="]).model
     assert load_model(table).text.window == 248
     world.report("xlsd-report", run, longer_run)
+
+
+def test_a_vae_of_16_channels(world):
+    """The aligned model is trained, and its VAE has the statistics of the cache that the VAE's own latents are in."""
+    vae, start = MODELS / "vae16", world.folder / "vae16-start"
+    cached = world.config("vae16", **{"model.vae": vae, "data.resolution": 64})
+    cache(cached, Console(file=StringIO()))
+    options = {"limit": 12, "fit": "kernel", "normalise": Path(cached.cache.dir), "console": Console(file=StringIO())}
+    record = swap_vae(str(MODELS / "base"), str(vae), start, world.images, **options)
+    assert record["fits"]["kernel"]["loss"] < 0.8 * record["fits"]["plain"]["loss"]
+    run = world.train("vae16", **{"model.base": start, "data.resolution": 64})
+    model = load_model(ModelTable(base=str(run / "model")))
+    assert model.unet.cfg.in_channels == model.vae.channels == 16 and len(model.vae.latent_space.std) == 16
 
 
 def test_overtraining(world):

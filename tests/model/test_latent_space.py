@@ -6,16 +6,15 @@ import math
 import pytest
 import torch
 from sentences import refused, says
-from tiny import ONE_LEVEL, make_tiny_model, tiny_vae
+from tiny import make_wide_model, tiny_vae, wide_vae
 
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats import fold_vae
 from fastsd.model.formats.flux2_vae import pooled
-from fastsd.model.formats.load import load_model, load_vae, write_rest
+from fastsd.model.formats.load import load_model, load_vae
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.write import write_single_file
 from fastsd.model.latent_space import SD15_SCALING_FACTOR, LatentSpace
-from fastsd.model.unet import UNetConfig
 from fastsd.model.vae import Vae
 from fastsd.sampling.generate import denoise
 from fastsd.storage import TensorFile
@@ -28,25 +27,12 @@ SPACES = {
     "SD3": ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, [0.0609] * 4, [1.5305] * 4),
     "statistics": ({"scaling_factor": 0.5} | STATISTICS, MEAN, [0.25, 1.0, 0.5, 0.125]),
 }
-SIXTEEN = UNetConfig(**ONE_LEVEL, in_channels=16, out_channels=16)
-
-
-def wide_vae(**settings):
-    """Make a VAE of 16 channels without 1x1 convolutions, as SD3's and Flux.1's are."""
-    from diffusers import AutoencoderKL
-
-    config = dict(tiny_vae(16).config) | {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 1.5305}
-    del config["_use_default_values"]
-    torch.manual_seed(2)
-    return AutoencoderKL.from_config(config | {"shift_factor": 0.0609} | settings)
 
 
 @pytest.fixture
 def sixteen(tmp_path):
-    """Write a model with 16 latent channels, scale and shift. Return its folder."""
-    model = make_tiny_model(tmp_path / "sixteen", SIXTEEN)
-    model.vae = Vae(wide_vae(), "wide")
-    write_rest(tmp_path / "sixteen", model)
+    """Return the folder of a model with 16 latent channels, a scale and a shift."""
+    make_wide_model(tmp_path / "sixteen")
     return tmp_path / "sixteen"
 
 
@@ -215,8 +201,6 @@ def test_no_fold_is_refused_with_a_shift(sixteen, tmp_path):
     with refused("single-file-shift", place=sixteen / "vae" / "config.json", space="scaling factor 1.5305, shift 0.0609"):
         write_single_file(source, tmp_path / "one.safetensors", fold=False)
     assert not (tmp_path / "one.safetensors").exists()
-    assert says(
-        "\n".join(write_single_file(source, tmp_path / "one.safetensors")),
-        "vae-folded",
-        space="scaling factor 1.5305, shift 0.0609",
-    )
+    notes = write_single_file(source, tmp_path / "one.safetensors")
+    assert says("\n".join(notes), "vae-folded", space="scaling factor 1.5305, shift 0.0609")
+    assert says("\n".join(notes), "single-file-channels", channels=16)

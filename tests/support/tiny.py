@@ -28,6 +28,27 @@ def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int 
     )
 
 
+def wide_vae(channels: int = 16):
+    """Make a VAE of many channels with a scale, a shift and no 1x1 convolutions, as SD3's and Flux.1's."""
+    from diffusers import AutoencoderKL
+
+    config = {key: value for key, value in tiny_vae(channels).config.items() if not key.startswith("_")}
+    torch.manual_seed(2)
+    space = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+    return AutoencoderKL(**config | space | {"use_quant_conv": False, "use_post_quant_conv": False})
+
+
+def make_wide_model(folder: Path) -> None:
+    """Write a small model whose UNet and VAE have 16 latent channels, for images of 32 px."""
+    from fastsd.model.formats.load import write_rest
+    from fastsd.model.unet import UNetConfig
+    from fastsd.model.vae import Vae
+
+    model = make_tiny_model(folder, UNetConfig(**ONE_LEVEL, in_channels=16, out_channels=16))
+    model.vae = Vae(wide_vae(), "wide")
+    write_rest(folder, model)
+
+
 def make_tiny_model(folder: Path, cfg=None, seed: int = 0, text_layers: int = 2):
     """Write a small model of SD1.5's structure, with random weights, as a diffusers folder for images of 32 px."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

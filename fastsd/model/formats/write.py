@@ -197,6 +197,8 @@ def write_single_file(
         else:
             notes.append(f"{WARNING}{label} not folded; tools that assume 0.18215 will show wrong colours")
 
+    if vae and (channels := vae.config.get("latent_channels", 4)) != 4:
+        notes.append(f"{WARNING}{channels} latent channels: ComfyUI and A1111 build SD1.5 with 4, and cannot load this file")
     tensors: dict[str, torch.Tensor | Stored] = {}
     for name in ("unet", "vae", "text_encoder"):
         if name in components:
