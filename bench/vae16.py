@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +50,18 @@ def repeat_rows(folder: Path, base: Path) -> None:
 
 
 def make_starts(folder: Path, starts: list[str]) -> dict[str, Any]:
-    """Write the models to start from. Return the record of the alignment."""
+    """Write the models to start from, unless an earlier call has. Return the record of the alignment."""
     demo._lay_out(folder, QUIET)
     base, vae = folder / "models" / "base", folder / "models" / "vae16"
     world.write_dataset(folder / "others", 64, seed=9)
-    record: dict[str, Any] = {}
     for start in starts:
-        shutil.rmtree(folder / start, ignore_errors=True)
-        images = folder / "others" if start == "aligned" else None
-        swapped = swap_vae(str(base), str(vae), folder / start, images)
-        record = swapped if images else record
+        if (folder / start).exists():
+            continue
+        swap_vae(str(base), str(vae), folder / start, folder / "others" if start == "aligned" else None)
         if start == "repeated":
             repeat_rows(folder / start, base)
-    return record
+    record = folder / "aligned" / "swap.json"
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
 def config_of(folder: Path, start: str, seed: int, steps: int, every: int) -> Config:

@@ -346,7 +346,7 @@ def test_commands_in_messages_have_the_config_as_it_was_given():
 ADVICE = {
     "CONFIG": "configs/xlsd.toml", "RUN": "runs/advice", "RUN/set-aside-1": "runs/advice/set-aside-1",
     "FOLDER": "runs/advice/model", "MODEL": "models/tiny", "FILE": "style.safetensors", "X": "models/tiny",
-    "key=a,b,c": "seed=1,2", "model.vae=XX": "model.vae=sdxl-vae", "VAE": "sdxl-vae",
+    "key=a,b,c": "seed=1,2", "model.vae=XX": "model.vae=sdxl-vae", "model.vae=X": "model.vae=sdxl-vae", "VAE": "sdxl-vae",
 }  # fmt: skip
 VALUES = {  # of what varies in commands with several such words
     "convert X X": ["models/tiny", "OUT"], "convert MODEL OUT --merge X": ["style.safetensors"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def check_vae_channels(vae: str, channels: int, base: str, in_channels: int) -> 
         raise UserError(
             "vae-channels",
             f"model.vae: {vae} has {channels} latent channels, but the UNet of {base} takes {in_channels}; choose a VAE with "
-            f"{in_channels}",
+            f"{in_channels}, or run `fastsd swap-vae {quote(base)} {quote(vae)} OUT` and set model.base to OUT",
         )
 
 
