@@ -40,7 +40,7 @@ from fastsd.model.formats.load import load_vae
 from fastsd.storage import replace_file
 
 IMAGES, PAGES = 200, 10
-SIZES = (128, 128), (160, 96), (96, 160)
+SIZES = (96, 96), (128, 64), (64, 128)
 ROWS = 1_000_000
 _OTHER_SEEDS = 1_000_000  # pictures that the VAE is trained on
 
@@ -59,7 +59,7 @@ resolution = {resolution}
 [data.buckets]
 min = {resolution // 2}
 max = {resolution * 3 // 2}
-step = 32
+step = 16
 [cache]
 dir = "{folder / "cache"}"
 [[stage]]
@@ -113,7 +113,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def measure_ranking(folder: Path) -> dict[str, Any]:
-    config = load_config(write_config(folder / "ranking", folder / "photo-vae", 128))
+    config = load_config(write_config(folder / "ranking", folder / "photo-vae", 96))
     start = time.perf_counter()
     table = columns(audit(config, str(MODELS / "vae")))
     seconds = time.perf_counter() - start
