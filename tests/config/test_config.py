@@ -256,7 +256,10 @@ BAD = [
     (GOOD + "[model.lora]\nrank = 0\n", pattern("value-at-least", key="model.lora.rank", value=0, limit=1)),
     (GOOD + "[model.lora]\nrnk = 4\n", pattern("key-similar", key="model.lora.rnk", suggestion="rank")),
     (GOOD + "[model.lora]\ntargets = []\n", pattern("value-entries", key="model.lora.targets", value=[], limit=1)),
-    (GOOD.replace("[data]", "prediction = 'x0'\n[data]"), choice("model.prediction", "x0", "'', 'epsilon' or 'v_prediction'")),
+    (
+        GOOD.replace("[data]", "prediction = 'x0'\n[data]"),
+        choice("model.prediction", "x0", "'', 'epsilon', 'v_prediction' or 'flow'"),
+    ),
     (GOOD.replace("[data]", "prediction = 'epsilon'\nzero_snr = true\n[data]"), pattern("epsilon-at-zero-snr")),
     (GOOD.replace("[data]", "chunks = 0\n[data]"), pattern("value-kind", key="model.chunks", value=0)),
     (GOOD.replace("[data]", "chunks = 'all'\n[data]"), pattern("value-kind", key="model.chunks", value="'all'")),

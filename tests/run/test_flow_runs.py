@@ -75,7 +75,7 @@ def test_resumed_and_sampled_runs_have_the_same_bits(uninterrupted, tmp_path, ti
         assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
         rewind(folder, step)
         assert checkpoint_steps(folder)[-1] == step
-    folder, _ = run(path, *FLOW)
+    folder, _ = run(path, *drawing)
     assert same(final(folder), final(whole))
     assert (folder / "validation.jsonl").read_bytes() == (whole / "validation.jsonl").read_bytes()
     assert len(list((folder / "samples").glob("*.png"))) >= 8
