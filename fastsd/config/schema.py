@@ -78,7 +78,7 @@ class ModelTable(Table):
 
 
 class FolderTable(Table):
-    path: str  # a folder, searched recursively; a .tar; or a pattern: {00000..00099}.tar
+    path: str  # a folder, searched recursively; a .tar; a .parquet that lists images; or a pattern: {00000..00099}.tar
     repeats: int = Field(1, ge=1)  # number of times that each of its images occurs in an epoch
     weight: float | None = Field(None, gt=0)  # instead of repeats: share of an epoch, relative to the weights of other folders
     loss_weight: float = Field(1.0, ge=0)  # factor of the loss of each image

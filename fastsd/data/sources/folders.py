@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fastsd.config.schema import DataTable, FolderTable
-from fastsd.data.sources import metadata, tars
+from fastsd.data.sources import listings, metadata, tars
 from fastsd.data.sources.exclusion import without_listed
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
@@ -68,7 +68,8 @@ def scan(
 ) -> Iterator[DataSource]:
     """Yield every image in `roots` and every problem, lazily. Roots are in order, and images are sorted within a root.
 
-    A root is a folder, a tar, or a pattern of these such as `shards/{00000..00099}.tar`. Folders are searched recursively.
+    A root is a folder, a tar, a Parquet listing (see `listings.py`), or a pattern of these such as `shards/{00..99}.tar`.
+    Folders are searched recursively.
     Hidden files and the folders of operating systems are skipped, see `names.py`. Links are followed, but each folder is
     searched only once, and a folder that is a root itself only for this root. The images of a tar are yielded in the order of
     the tar.
@@ -111,9 +112,10 @@ def scan(
         if not any(map(os.path.exists, paths)):
             raise UserError("folder-missing", f"data.folders: {shown(root.path)} does not exist; correct the path or remove it")
         for path in map(os.path.abspath, paths):
-            if os.path.isfile(path) and not path.lower().endswith(tars.TARS):
+            if os.path.isfile(path) and not path.lower().endswith((*tars.TARS, listings.LISTING)):
                 raise UserError(
-                    "folder-is-file", f"data.folders: {shown(path)} is a file but not a .tar; give the folder that contains it"
+                    "folder-is-file",
+                    f"data.folders: {shown(path)} is a file but no .tar or .parquet; give the folder that contains it",
                 )
             same = earlier_files.get(_identity(path), "")
             if enclosing := same or earlier_roots.get(_within(os.path.realpath(path), earlier_roots), ""):
@@ -203,6 +205,9 @@ class _Walk:
     def search(self, top: str) -> Iterator[DataSource]:
         """Yield all sources below a folder or in a tar. Raises UserError if the folder `top` is unreadable."""
         self.top = _identity(top)
+        if listings.is_listing(top):
+            yield from listings.sources(top, self.root, *self.keys, self.masks, captions=self.captions)
+            return
         if not os.path.isdir(top):
             yield from self._samples(top)
             return

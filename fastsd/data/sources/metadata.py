@@ -171,7 +171,7 @@ class Metadata:
 
     def _columns(self) -> Iterator[list[str]]:
         if self._parquet:
-            yield list(_parquet_names(self.path))
+            yield list(parquet_names(self.path))
         elif self._csv:
             with _csv(self.path) as (columns, _):
                 yield columns
@@ -184,7 +184,7 @@ class Metadata:
         if not self._parquet:
             return _json_rows(self.path)
         columns = ("file_name", self._weight_key, *((self._key,) if self._key else CAPTION_KEYS))
-        return _parquet_rows(self.path, [name for name in _parquet_names(self.path) if name in columns])
+        return parquet_rows(self.path, [name for name in parquet_names(self.path) if name in columns])
 
 
 def _printable(text: str) -> str:
@@ -253,12 +253,14 @@ def _parquet(path: str) -> Iterator[Any]:
         raise Rejected(f"cannot be read as parquet ({_printable(str(error))})") from None
 
 
-def _parquet_names(path: str) -> list[str]:
+def parquet_names(path: str) -> list[str]:
+    """Return the names of the columns. Raises Rejected if the file is damaged."""
     with _parquet(path) as file:
         return list(file.schema_arrow.names)
 
 
-def _parquet_rows(path: str, columns: list[str]) -> _Rows:
+def parquet_rows(path: str, columns: list[str]) -> _Rows:
+    """Yield the rows with their numbers, from 1. Raises Rejected if the file is damaged."""
     with _parquet(path) as file:
         rows = map(_batch_rows, file.iter_batches(_BATCH, columns=columns, use_threads=False))
         yield from enumerate(itertools.chain.from_iterable(rows), 1)
