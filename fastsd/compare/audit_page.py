@@ -30,9 +30,10 @@ ENLARGED = 256  # px, longest side of an enlarged tile
 _BRIGHTEST = 96  # the factor of the differences gives the largest error of an image at most this brightness
 _BINS = 60  # at most, in the histogram
 _FRAME, _FRAME_EDGE = "#ff9500", "#000000"
-_WORST_NOTE = "Sorted by the error{name}. A frame marks the tile with the largest error, which lies enlarged below."
+_WORST_NOTE = "Sorted by the error{}. A frame marks the tile with the largest error, which lies enlarged below."
 _FRAME_NOTE = "A frame marks the tile with the largest difference."
 _TileErrors = Callable[[Sequence[Distortion]], np.ndarray]
+_Gallery = tuple[str, str, str, int, _TileErrors]  # title, note, order, number of images, errors that choose the tile
 
 
 class AuditPage:
@@ -51,21 +52,24 @@ class AuditPage:
 
     def html(self) -> str:
         title = f"{self.labels[0]} against {self.labels[1]}" if len(self.labels) > 1 else self.labels[0]
-        with work("drawing", min(self.limit, self.errors.shape[2]), "images") as self._drawing:
-            galleries = self._galleries()
-        return page(f"Audit of {title}", [table_section(self._figures()), self._histogram(), *galleries])
+        galleries = self._galleries()
+        with work("drawing", sum(min(limit, self.errors.shape[2]) for *_, limit, _ in galleries), "images") as self._drawing:
+            sections = [self._gallery(*gallery) for gallery in galleries]
+        return page(f"Audit of {title}", [table_section(self._figures()), self._histogram(), *sections])
 
-    def _galleries(self) -> list[Section]:
-        """Return the worst images. With two VAEs, they are half of the limit, after the largest gains and losses."""
+    def _galleries(self) -> list[_Gallery]:
+        """Return the sections with images. With two VAEs, half of the limit is for images that are better with either."""
         if len(self.labels) == 1:
-            return [self._gallery("Worst images", _WORST_NOTE.format(name=""), WORST, self.limit, _first_errors)]
-        sections, quarter = [], -(-self.limit // 4)
-        for name, order, sign in (("gains", GAIN, 1), ("losses", LOSS, -1)):
+            return [("Worst images", _WORST_NOTE.format(""), WORST, self.limit, _first_errors)]
+        galleries: list[_Gallery] = []
+        quarter = -(-self.limit // 4)
+        for order, sign in ((GAIN, 1), (LOSS, -1)):
             better, worse = self.labels[::sign]
-            note = f"Images with a smaller error with {better} than with {worse}, largest difference first. {_FRAME_NOTE}"
-            sections.append(self._gallery(f"Largest {name}", note, order, quarter, _differences(sign)))
-        note, rest = _WORST_NOTE.format(name=f" with {self.labels[0]}"), max(self.limit - 2 * quarter, 1)
-        return [*sections, self._gallery("Worst images", note, WORST, rest, _first_errors)]
+            note = f"Images with a smaller error than with {worse}, largest difference first. {_FRAME_NOTE}"
+            galleries.append((f"Better with {better}", note, order, quarter, _differences(sign)))
+        rest = max(self.limit - 2 * quarter, 1)
+        note = _WORST_NOTE.format(f" with {self.labels[0]}")
+        return [*galleries, ("Worst images", note, WORST, rest, _first_errors)]
 
     def _figures(self) -> Table:
         note = (

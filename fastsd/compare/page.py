@@ -232,7 +232,8 @@ _PAGE = Template("""<!doctype html>
   .trip h3 { font-size: 15px; margin: 0; overflow-wrap: anywhere; }
   .trip h3 span { color: var(--soft); margin-right: 6px; font-variant-numeric: tabular-nums; }
   .trip p { font-variant-numeric: tabular-nums; margin-bottom: 4px; }
-  .strip { display: grid; grid-template-columns: repeat(var(--columns), minmax(108px, 1fr)); gap: 0 12px; overflow-x: auto; }
+  .strip { display: grid; grid-template-columns: repeat(var(--columns), minmax(108px, 1fr)); gap: 0 12px; align-items: end;
+           overflow-x: auto; }
   .strip figure { margin: 0; }
   .strip figcaption { overflow-wrap: anywhere; font-size: 13px; color: var(--soft); }
   .strip img + img { margin-top: 6px; image-rendering: pixelated; }

@@ -204,7 +204,7 @@ def test_two_vaes_are_compared_by_gain(data, other_vae):
     share, other = f"{better / COUNT:.0%}", f"{(COUNT - better) / COUNT:.0%}"
     assert says(out, "audit-shares", share=share, first="tiny", other=other, second="other", gain=f"{np.median(gains):+.2f}")
     (page,) = (text for name, text in files(data).items() if name.endswith(".html"))
-    assert re.findall(r"<h2>(.*?)</h2>", page)[2:] == ["Largest gains", "Largest losses", "Worst images"]
+    assert re.findall(r"<h2>(.*?)</h2>", page)[2:] == ["Better with tiny", "Better with other", "Worst images"]
     tags = Tags(page)
     assert tags.counts["article"] == min(1, better) + min(1, COUNT - better) + 2
     assert tags.counts["img"] == 10 * tags.counts["article"] and all(tags.alts)
