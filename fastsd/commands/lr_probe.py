@@ -25,7 +25,8 @@ SHARE = 1 / 3  # Lion's lr divided by D-Lion's d * lr
 LAST, FLAT = 4, 1.02  # d has settled if it grew by at most the factor FLAT over the last 1 / LAST of the run
 ROWS = 100  # log rows of a probe
 # A probe uses the defaults of these keys, and of the options of single optimizers.
-_RESET = ["lr", "schedule", "restarts", "betas", "state", "ema", "ema_power", "ema_after", "sample_every", "checkpoint_at"]
+_RESET = ["lr", "schedule", "restarts", "betas", "state", "ema", "ema_power", "ema_after", "ema_snapshots"]
+_RESET += ["ema_snapshot_dtype", "sample_every", "checkpoint_at"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ them averages. A resumed run writes the same bits again, so its start deletes th
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,6 +104,7 @@ def step_of(path: Path) -> int:
 
 def remove_later(run: Path, step: int) -> None:
     """Delete the snapshots after a step, which the run is about to repeat."""
-    for path in (run / SNAPSHOTS).glob("step-*.safetensors"):
-        if step_of(path) > step:
-            path.unlink()
+    with contextlib.suppress(OSError):  # the run replaces them
+        for path in (run / SNAPSHOTS).glob("step-*.safetensors"):
+            if step_of(path) > step:
+                path.unlink()

@@ -51,6 +51,7 @@ FILES = {
     "config.json": r"run/(\.tmp-)?config\.json",
     "images.json": r"run/(\.tmp-)?images\.json",
     "cost.json": r"run/(\.tmp-)?cost\.json",
+    "snapshots": r"run/snapshots(/(\.tmp-)?step-[0-9]+\.safetensors)?",
     "lock": "run/lock",
     "model": r"run/(\.tmp-|\.tmp-old-)?model(/.*)?",
     "single file": r"run/(\.tmp-)?model\.safetensors",
