@@ -29,7 +29,7 @@ _PROFILES = "averages"  # key of the metadata
 
 
 class Averaged(NamedTuple):
-    """What an average holds: weights of the run's steps after `start`, of which it has counted `steps`."""
+    """The contents of an average: weights of the run's steps after `start`, of which it has counted `steps`."""
 
     start: int
     steps: float

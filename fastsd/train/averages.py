@@ -88,25 +88,25 @@ class Profile(NamedTuple):
     sigma_rel: float
 
 
-def combine(stored: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
-    """Find the sum of stored averages whose profile is closest to a wanted one in the mean square, with factors that add to 1.
+def combine(stored: Sequence[Profile], target: Profile) -> tuple[list[float], float]:
+    """Find the sum of stored averages whose profile is closest to a target in the mean square, with factors that add to 1.
 
     Without that condition, the sum would be a model whose weights are all a little too small, by up to 0.3 % for lengths far
     from those stored. In the paper this changes nothing, because its weights are normalised.
 
     Returns:
         (a factor for each stored average, the error that remains). The error is the norm of the difference between the
-        profiles, relative to the norm of the wanted one. Averages later than the wanted one get the factor 0.
+        profiles, relative to the norm of the target. Averages later than the target get the factor 0.
 
     Source: as this module; the least squares of algorithm 3 in appendix C.
     """
-    if wanted in stored:
-        return [float(i == stored.index(wanted)) for i in range(len(stored))], 0.0
-    usable = [profile.steps <= wanted.steps for profile in stored]
+    if target in stored:
+        return [float(i == stored.index(target)) for i in range(len(stored))], 0.0
+    usable = [profile.steps <= target.steps for profile in stored]
     columns_2N = np.array([(p.steps, power_of(p.sigma_rel)) for p, fits in zip(stored, usable, strict=True) if fits]).T
     if not columns_2N.size:
         return [0.0] * len(stored), 1.0
-    goal_2 = np.array([wanted.steps, power_of(wanted.sigma_rel)])
+    goal_2 = np.array([target.steps, power_of(target.sigma_rel)])
     products_NN = _inner_products(columns_2N[:, :, None], columns_2N[:, None, :])
     products_N, square = _inner_products(columns_2N, goal_2[:, None]), _inner_products(goal_2, goal_2)
     # Columns of norm 1: profiles of early steps are much higher than those of late ones.

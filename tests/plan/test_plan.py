@@ -279,12 +279,22 @@ def test_bad_input_is_refused_in_one_line(plan, tmp_path, tiny_model, images, wo
     assert code == 2 and says(err, name, **fields) and len(err.splitlines()) == 1
 
 
+def test_each_average_is_one_arena():
+    stage = StageTable(train=["unet"], until=1, batch=2, optimizer="lion", lr=1e-4)
+    kinds = 0.0, 0.9, {"sigma_rel": [0.05, 0.10]}
+    needs = [plan_stage(MINIMAL, stage.model_copy(update={"ema": ema}), SMALL[1], 0).need(2) for ema in kinds]
+    arena = needs[0].owners["gradients"]
+    assert [need.owners["EMA"] for need in needs] == [0, arena, 2 * arena]
+    assert [need.total - needs[0].total for need in needs] == [0, arena, 2 * arena]
+
+
 def test_light_keys_do_not_change_the_plan():
     """A new key that is declared as LIGHT needs a value here, other than its default, that a step would notice if it could."""
     values = {
         "name": "s", "until": 7, "state": "carry", "reinit": ["unet.mid"], "micro_batch": 0, "lr": 0.3, "betas": [0.5, 0.6],
         "weight_decay": 0.1, "decoupled_weight_decay": True,
         "schedule": "cosine", "rex_bend": 0.9, "lr_floor": 0.1, "restarts": 2, "warmup": 3,
+        "ema_snapshots": 3, "ema_snapshot_dtype": "fp32",
         "huber_delta": 0.5, "weighting_form": "onetrainer", "weighting_min": 0.1, "weighting_gamma": 2.0,
         "timestep_range": [100, 900], "timestep_mean": 1.0, "timestep_std": 2.0,
         "unmasked_weight": 0.5, "caption_dropout": 0.1, "max_tags": 5, "tag_separator": ";", "shuffle_tags": True,

@@ -20,7 +20,7 @@ KINDS = {
     "bf16 with EMA": ('stage.0.precision="bf16"', "stage.0.ema=0.5", 'stage.0.optimizer="dlion"', "stage.0.lr=1.0"),
     "text encoder": ('stage.0.train=["text_encoder"]', 'stage.0.precision="bf16"', 'stage.0.optimizer="adamw"'),
     "some layers": ('stage.0.train=["unet.conv_in.*"]', 'stage.0.precision="bf16"'),
-    "adapters": ('stage.0.train=["lora"]', "model.lora.rank=2", "stage.0.ema=0.5"),
+    "adapters": ('stage.0.train=["lora"]', "model.lora.rank=2", "stage.0.ema={sigma_rel=[0.1, 0.2]}"),
 }
 
 

@@ -22,13 +22,13 @@ CASES = {
     "tf32, accumulated": {"precision": "tf32", "micro_batch": 2},
     "bf16": {"precision": "bf16"},
     "bf16, accumulated and clipped": {"precision": "bf16", "micro_batch": 2, "grad_clip": 0.5, "ema": 0.9},
-    "bf16, fused backward": {"precision": "bf16", "fused_backward": True},
+    "bf16, fused backward": {"precision": "bf16", "fused_backward": True, "ema": {"sigma_rel": [0.05, 0.1]}},
     "bf16, block": {"precision": "bf16", "checkpointing": "block"},
     "bf16, modified noise and loss": {
         "precision": "bf16", "immiscible": 3, "pyramid_noise": 0.3, "noise_offset": 0.1, "input_perturbation": 0.1,
         "loss": "huber", "weighting": "min_snr", "timesteps": "logit_normal",
     },
-    "both components": {"precision": "bf16", "train": ["unet", "text_encoder"]},
+    "both components": {"precision": "bf16", "train": ["unet", "text_encoder"], "ema": {"sigma_rel": [0.1]}},
     "weights and masks": {"precision": "bf16", "weighted": True, "unmasked_weight": 0.1},
     "one group, EMA warm-up": {"precision": "bf16", "train": ["unet.cross_attention"], "ema": 0.9, "ema_power": 0.75},
 }  # fmt: skip
