@@ -285,7 +285,6 @@ def test_each_average_is_one_arena():
     needs = [plan_stage(MINIMAL, stage.model_copy(update={"ema": ema}), SMALL[1], 0).need(2) for ema in kinds]
     arena = needs[0].owners["gradients"]
     assert [need.owners["EMA"] for need in needs] == [0, arena, 2 * arena]
-    assert [need.total - needs[0].total for need in needs] == [0, arena, 2 * arena]
 
 
 def test_light_keys_do_not_change_the_plan():
