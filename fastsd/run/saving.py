@@ -142,13 +142,8 @@ class Saving:
         args = progress, content, step.stage.keep_checkpoints
         private = step_state.keys() if step.sharded else set()  # gathered in main memory for this checkpoint
         first = not checkpoint.checkpoints(self.folder / "checkpoints")
-        if (
-            wait
-            or first
-            or progress.stage_done
-            or not content.changed <= components.keys()
-            or not self._has_room(content, private)
-        ):
+        waits = wait or first or progress.stage_done or not content.changed <= components.keys()
+        if waits or not self._has_room(content, private):
             self._write(*args, keep=keep)
         else:
             content.weights = {name: partial(dict, components[name].state(copy=True)) for name in content.changed}
