@@ -1,4 +1,4 @@
-"""What ranks with sharded state (`shards.py`) tell each other about their updates.
+"""Messages of ranks with sharded state (`shards.py`) about their updates.
 
 Two small messages go with a step: before the update the sums of squares of the gradients, after it the loss, the flags of
 elements that kept their weights, and D-Lion's two sums.  They cannot be one, because D-Lion's sums are results of the update.
@@ -23,7 +23,7 @@ from fastsd.train.trainable import TrainableComponent
 
 
 class ShardedUpdates:
-    """What ranks tell each other about the updates of their shards.
+    """Messages of the ranks about the updates of their shards.
 
     Args:
         components: the trained components, in the order in which gradients and optimizers are passed.
@@ -57,10 +57,10 @@ class ShardedUpdates:
             works += [self.ranks.gather(weights[chunk], weights[piece]) for chunk, piece in pairs]
         sums = [optimizer.partial_sums() for optimizer in optimizers.values()]
         sums_RS = self._gathered(torch.cat([loss.double().view(1), *sums]))
-        losses_R, *parts = sums_RS.split([1, *map(len, sums)], dim=1)
-        for (name, optimizer), part in zip(optimizers.items(), parts, strict=True):
+        losses_R, *gathered = sums_RS.split([1, *map(len, sums)], dim=1)
+        for (name, optimizer), sums_RK in zip(optimizers.items(), gathered, strict=True):
             blocks = _shards(self._components[name]).blocks
-            optimizer.merge_sums(part, partial(_in_order, blocks))
+            optimizer.merge_sums(sums_RK, partial(_in_order, blocks))
         self.ranks.finish(works)
         total = torch.zeros_like(loss)
         for other in losses_R.to(loss.dtype).unbind():  # in the order of the ranks, as without shards

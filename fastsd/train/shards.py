@@ -60,20 +60,20 @@ class Shards:
         """Return this rank's pieces of a tensor in the arena's layout, as views."""
         return [arena[piece] for piece in self.pieces]
 
-    def write(self, pieces: Sequence[Tensor], start: int, values: Tensor) -> None:
+    def write(self, tensors: Sequence[Tensor], start: int, values: Tensor) -> None:
         """Write values that lie at `start` in the arena, as far as they are in this rank's pieces."""
         stop = start + len(values)
-        for place, piece in zip(self.pieces, pieces, strict=True):
+        for place, piece in zip(self.pieces, tensors, strict=True):
             first, last = max(place.start, start), min(place.stop, stop)
             if first < last:
                 piece[first - place.start : last - place.start].copy_(values[first - start : last - start])
 
-    def whole(self, pieces: Sequence[Tensor], *, everywhere: bool = False) -> Tensor:
+    def whole(self, tensors: Sequence[Tensor], *, everywhere: bool = False) -> Tensor:
         """Gather the pieces of all ranks in main memory, on rank 0 or `everywhere`. Others get a tensor without data."""
         keeps = everywhere or self.ranks.main
-        whole = torch.empty(self.size, dtype=pieces[0].dtype, device="cpu" if keeps else "meta")
-        received = pieces[0].new_empty(self.chunk)
-        for chunk, piece in zip(self.chunks, pieces, strict=True):
+        whole = torch.empty(self.size, dtype=tensors[0].dtype, device="cpu" if keeps else "meta")
+        received = tensors[0].new_empty(self.chunk)
+        for chunk, piece in zip(self.chunks, tensors, strict=True):
             gathered = received[: chunk.stop - chunk.start]
             self.ranks.finish([self.ranks.gather(gathered, piece)])
             if keeps:

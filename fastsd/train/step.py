@@ -228,7 +228,7 @@ class Step:
             # A gradient that is not finite must not reach any state: if `found_inf` is set, the optimizers change no byte.
             gradients = {name: self._gradients(name) for name in self.optimizers}
             merge = self._shards.all_sums if self._shards else None
-            norm, found_inf = self.ops.gradient_norm([g for pieces in gradients.values() for g in pieces], merge=merge)
+            norm, found_inf = self.ops.gradient_norm([g for tensors in gradients.values() for g in tensors], merge=merge)
             scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
             self._touch_weights()
             for name, optimizer in self.optimizers.items():

@@ -242,9 +242,9 @@ class TrainableComponent:
         self.master_hi = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
         halves, count = self.dtype != torch.float32, len(self.averages)
         if self.shards:
-            parts = self.shards.of(self.master_hi)
-            self.pieces_lo = [torch.zeros_like(part, dtype=torch.int16) for part in parts if halves]
-            self.pieces_ema = [torch.zeros(count, len(part), device=device) for part in parts if count]
+            shares = self.shards.of(self.master_hi)
+            self.pieces_lo = [torch.zeros_like(share, dtype=torch.int16) for share in shares if halves]
+            self.pieces_ema = [torch.zeros(count, len(share), device=device) for share in shares if count]
         else:
             self.master_lo = torch.zeros_like(self.master_hi, dtype=torch.int16) if halves else None
             self.ema = torch.zeros(count, self.layout.size, device=device) if count else None
@@ -261,21 +261,21 @@ class TrainableComponent:
             # Replace only the data, because the parameters must stay the same objects.
             weight.data = view
 
-    def _write(self, flat: Tensor | None, pieces: list[Tensor], i: int, tensor: Tensor) -> None:
+    def _write(self, flat: Tensor | None, shares: list[Tensor], i: int, tensor: Tensor) -> None:
         """Write tensor number i into a flat tensor, if there is one, and into this rank's pieces."""
         if flat is not None:
             self.layout.view(flat, i).copy_(tensor)
-        if pieces:
-            self.write_pieces(pieces, i, tensor)
+        if shares:
+            self.write_pieces(shares, i, tensor)
 
-    def write_pieces(self, pieces: list[Tensor], i: int, tensor: Tensor) -> None:
+    def write_pieces(self, shares: list[Tensor], i: int, tensor: Tensor) -> None:
         """Write what this rank has of tensor number i into its pieces."""
         assert self.shards is not None
-        self.shards.write(pieces, *self.layout.in_memory_order(tensor, i))
+        self.shards.write(shares, *self.layout.in_memory_order(tensor, i))
 
     def load_average(self, k: int, i: int, tensor: Tensor) -> None:
         """Restore average number k of parameter number i."""
-        self._write(None if self.ema is None else self.ema[k], [piece[k] for piece in self.pieces_ema], i, tensor)
+        self._write(None if self.ema is None else self.ema[k], [share[k] for share in self.pieces_ema], i, tensor)
 
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Return what this rank updates of a tensor in the layout of the arena."""

@@ -86,7 +86,7 @@ def load_flat_state(
         return optimizer.load_extra_state(tensors)
     states = [optimizer._state_of(p) for group in optimizer.param_groups for p in group["params"]]
     for slot in optimizer.slots:
-        pieces = [state[slot] for state in states]
+        slot_tensors = [state[slot] for state in states]
         for i, name in enumerate(names):
-            write(pieces, i, tensors[f"{slot}/{name}"])
+            write(slot_tensors, i, tensors[f"{slot}/{name}"])
     optimizer.load_extra_state({key: tensors[key].expand_as(extra) for key, extra in optimizer.extra_state().items()})
