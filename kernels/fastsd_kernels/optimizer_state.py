@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -18,6 +17,10 @@ Write = Callable[[list[Tensor], int, Tensor], None]
 def _only(tensors: list[Tensor]) -> Tensor:
     (tensor,) = tensors
     return tensor
+
+
+def _first(tensors: list[Tensor]) -> Tensor:
+    return tensors[0]
 
 
 def flat_state(
@@ -69,7 +72,7 @@ def load_flat_state(
     Raises:
         ValueError: an entry is missing, unexpected, or of another shape or dtype; or `names` is invalid as in `flat_state`.
     """
-    expected = flat_state(optimizer, names, views, _only if write is None else itemgetter(0))
+    expected = flat_state(optimizer, names, views, _only if write is None else _first)
     advice = f"load a state of {optimizer.name} for the same parameters"
     entries = {"missing": expected.keys() - tensors.keys(), "unexpected": tensors.keys() - expected.keys()}
     for problem, keys in entries.items():
