@@ -127,10 +127,9 @@ class Evaluation:
             return values_WnV.numpy().tobytes()
 
         def summarize(shares: list[bytes], batch: int) -> list[ValidationRow]:
-            parts = [torch.frombuffer(bytearray(share), dtype=torch.float64).view(shape) for share in shares]
-            return self.validation.summary(
-                torch.stack(parts).sum(dim=0), kinds
-            )  # each value is one rank's, and 0 of the others
+            tensors = [torch.frombuffer(bytearray(share), dtype=torch.float64).view(shape) for share in shares]
+            # Each value is one rank's, and 0 of the others.
+            return self.validation.summary(torch.stack(tensors).sum(dim=0), kinds)
 
         rows = self._attempt(measure, summarize, self.config.validate_.batch, "validation", step, stop)
         if rows:
@@ -165,15 +164,15 @@ class Evaluation:
             share, problem = _share(work, images, step, stop)
             if problem == _MEMORY:
                 gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
-            parts = [data.split(b"\0", 1) for data in self.ranks.gathered(problem.encode() + b"\0" + share)]
-            problems = [reason.decode() for reason, _ in parts if reason]
+            replies = [data.split(b"\0", 1) for data in self.ranks.gathered(problem.encode() + b"\0" + share)]
+            problems = [reason.decode() for reason, _ in replies if reason]
             if _SIGNAL in problems:
                 return None
             if not problems and not self.ranks.main:
                 return None
             if not problems:
                 try:
-                    return combine([data for _, data in parts], images)
+                    return combine([data for _, data in replies], images)
                 except Exception as error:
                     problems = [_reason(error)]
             if reasons := [problem for problem in problems if problem != _MEMORY]:

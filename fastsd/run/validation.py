@@ -193,9 +193,9 @@ class Validation:
         for name, batches in self._batches.items():
             forwards = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
             values_nV = torch.zeros(sum(map(len, batches)), self._strata.count + 4 * channels * flow, dtype=torch.float64)
-            parts = values_nV.split([len(samples) for samples in forwards])
+            slices = values_nV.split([len(samples) for samples in forwards])
             for i in counted(f"validating {name.replace('_', '-')}", range(ranks.rank, len(forwards), ranks.world), "batches"):
-                parts[i].copy_(self._values(forwards[i]))
+                slices[i].copy_(self._values(forwards[i]))
             values.append(values_nV)
         return torch.cat(values)
 

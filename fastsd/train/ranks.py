@@ -121,8 +121,8 @@ class Ranks:
         piece = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
         received = torch.empty(self.world * size, dtype=torch.uint8)
         self.finish([self.gather(received, piece)])
-        pieces = received.view(self.world, size)
-        return [pieces[rank, :length].numpy().tobytes() for rank, length in enumerate(lengths.tolist())]
+        rows = received.view(self.world, size)
+        return [rows[rank, :length].numpy().tobytes() for rank, length in enumerate(lengths.tolist())]
 
     def sum_(self, tensor: Tensor) -> Work:
         """Start to replace a tensor by its sum over all ranks."""
