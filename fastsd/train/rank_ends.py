@@ -1,4 +1,4 @@
-"""How ranks end together: what they tell each other through torchrun's store, so that the user reads one reason.
+"""The end of ranks: what they tell each other through torchrun's store, so that the user reads one reason.
 
     process RANK    its id and its host, from the start on
     left RANK       the rank has an error, was stopped by a signal, or has noticed that another one is lost
