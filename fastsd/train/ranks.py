@@ -224,10 +224,10 @@ def local_device(name: str, ranks: Ranks) -> str:
         )
     gpus = torch.cuda.device_count()
     if gpus and ranks.local_world > gpus:
+        cards = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         raise UserError(
             "ranks-too-many",
-            f"{ranks.local_world} ranks run on {platform.node()}, which has {gpus} GPU{'s' * (gpus > 1)}; start {gpus} with "
-            f"--nproc-per-node {gpus}",
+            f"{ranks.local_world} ranks run on {platform.node()}, which has {cards}; start {gpus} with --nproc-per-node {gpus}",
         )
     return f"cuda:{ranks.local_rank}"
 
