@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -394,6 +395,18 @@ def jobs(tmp_path, tiny_model):
     for name in "ab":
         (tmp_path / name).mkdir()
     return [job(tmp_path / name, tiny_model, tmp_path / "images", STAGE) for name in "ab"]
+
+
+def test_machines_encode_captions_once_for_all(jobs):
+    config = load_config(jobs[0], ["cache.hidden_states=true"])
+    outputs = []
+    for machine in "ab":
+        outputs.append(StringIO())
+        cache(config, Console(file=outputs[-1], width=200), machine)
+    encoded = [re.findall(r"captions: (\d+) encoded now", output.getvalue()) for output in outputs]
+    contents = stats(config.cache.dir)
+    assert encoded == [[str(contents.states)], ["0"]] and contents.states > 14 and contents.planned == 0
+    assert verify(config.cache.dir) == [] and prune(config.cache.dir).shards == 0
 
 
 @pytest.mark.slow

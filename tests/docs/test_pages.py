@@ -57,6 +57,7 @@ NOT_RUN = {  # programs that are only checked to exist, with the reason
     "ruff": "checks the code; .ci/run runs it",
     ".ci/run": "runs all of these",
     "torchrun": "needs several GPUs; tests/run/test_ranks.py starts ranks by it",
+    "sbatch": "needs a cluster; tests/data/building/test_machines.py starts machines",
     "python": "takes minutes or compiles for GPUs; tests/bench runs what does not",
 }
 
