@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastsd.commands.arguments import shows_progress
 from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
 from fastsd.data.building import build, lists, upkeep
@@ -50,6 +51,8 @@ def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build
     Raises UserError as `build_cache` does.
     """
     data = config.data
+    if not shows_progress():  # the summary is the same on all ranks
+        console = Console(quiet=True, force_terminal=False)
     with work("listing data.folders"):
         next(folders.scan_for(data), None)  # report a wrong folder before a model is loaded
     device = choose_device(config.device, console)

@@ -7,6 +7,8 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from caching import StubVae, config, draw, draw_many, with_data
-from commandline import function_process
+from commandline import STAGE, function_process
 from masked import ENDING
 from PIL import Image
 from sentences import refused, says
+from tiny import job
 
+from fastsd.config.schema import load_config
 from fastsd.data.building import beats, results
 from fastsd.data.building.beats import Beats
 from fastsd.data.building.build import build_cache
@@ -213,11 +217,11 @@ def test_a_damaged_part_and_a_lost_shard_are_made_again(tmp_path):
     draw_many(tmp_path, IMAGES)
     expected = alone(tmp_path)
     build(config(tmp_path), "a", StubVae(), finish=False)
-    (made,) = results.builds(tmp_path / "cache/exchange")
-    first, second, *_ = sorted((made.folder / "results/rows").iterdir())
+    (unfinished,) = results.builds(tmp_path / "cache/exchange")
+    first, second, *_ = sorted((unfinished.folder / "results/rows").iterdir())
     first.write_bytes(b"no database")
     next((tmp_path / "cache/shards").glob(f"{second.name.removeprefix('rows-')}*")).unlink()
-    (made.folder / "results/facts" / os.listdir(made.folder / "results/facts")[0]).write_bytes(b"")
+    (unfinished.folder / "results/facts" / os.listdir(unfinished.folder / "results/facts")[0]).write_bytes(b"")
     vae = StubVae()
     build(config(tmp_path), "b", vae)
     assert 17 <= vae.encoded <= 32
@@ -289,3 +293,13 @@ def test_a_machine_is_called_as_its_host_where_several_work(option, environment,
 def test_names_of_machines_name_folders(name):
     with refused("machine-name", value=repr(name)):
         machine_name(name, {})
+
+
+@pytest.mark.slow
+def test_torchrun_fills_a_cache_and_one_rank_tells_of_it(tmp_path, tiny_model):
+    draw_many(tmp_path, 12)
+    path = job(tmp_path, tiny_model, tmp_path / "images", STAGE)
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastsd", "cache", str(path)]
+    process = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("images cached in") == 1 and stats(load_config(path).cache.dir).latents == 12
