@@ -20,7 +20,7 @@ ENVIRONMENT = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_SUBMIT_ARGS": SPARK, "RAY
 @pytest.mark.slow
 @pytest.mark.parametrize("name, package", [("spark_listing", "pyspark"), ("ray_listing", "ray")])
 def test_a_listing_of_a_cluster_is_cached(tmp_path, name, package):
-    if not os.environ.get("FASTSD_TEST_CLUSTER"):  # .ci/run sets it, so nothing is skipped there
+    if not os.environ.get("FASTSD_TEST_CLUSTER"):  # set it where nothing may be skipped
         pytest.importorskip(package)
     draw_many(tmp_path, 5)
     (tmp_path / "images/004.txt").unlink()
