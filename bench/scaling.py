@@ -5,8 +5,8 @@
 
 The first table trains SD1.5's UNet at 512 px in bf16 with Lion. The second has our step with the images per GPU of MLPerf's
 results for Stable Diffusion 2 (the same UNet at the same size), and the efficiency of both: images/s per GPU relative to 8 GPUs
-of the same round. MLPerf's logs tell the throughput, or samples and time. Their steps are fp16 with other kernels, and send
-gradients in 16 bit, ours in 32 bit. So the decline of the speed can be compared, its size less.
+of the same round. Speeds are throughputs in MLPerf's logs. Their steps are fp16 with other kernels and other ways of summing
+gradients, so the decline of the speed can be compared, its size less. The network of each is taken to be that of NVIDIA's Eos.
 """
 
 from __future__ import annotations
