@@ -16,7 +16,6 @@ from sentences import refused, says
 from step_inputs import batches, stage_of
 from tiny import ONE_LEVEL, job, make_tiny_model
 
-from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.shapes import Shapes
 from fastsd.model.unet import UNetConfig
@@ -47,10 +46,6 @@ CASES = {
     "text": ({**ADAMW, "train": BOTH[1:], "precision": "bf16"}, 1),
     "machines": ({"optimizer": "dlion", "d0": 1e-4}, 2),
 }
-if "shard_state" in StageTable.model_fields:
-    CASES |= {"sharded": ({**ADAMW, "train": BOTH, "ema": 0.9, "shard_state": True}, 1)}
-    CASES |= {"sharded, bf16": ({**LION, "precision": "bf16", "shard_state": True}, 1)}
-    CASES |= {"sharded, machines": ({"optimizer": "dlion", "d0": 1e-4, "shard_state": True}, 2)}
 LOCAL, NETWORK = LINKS["pcie4"], LINKS["100gbe"]
 
 
