@@ -154,7 +154,8 @@ def _normalise(vae: Vae, cache_dir: Path) -> None:
             f"`fastsd cache CONFIG model.vae={quote(vae.name)}` first",
         )
     shift_C, scale_C = measured.meta.latent_space.per_channel(vae.channels)
-    mean_C, std_C = torch.tensor(measured.mean).double() / scale_C + shift_C, torch.tensor(measured.std).double() / scale_C
+    mean_C = torch.tensor(measured.mean, dtype=torch.float64) / scale_C + shift_C
+    std_C = torch.tensor(measured.std, dtype=torch.float64) / scale_C
     constant = (std_C <= 1e-6 * (1 + mean_C.abs())).nonzero().flatten().tolist()
     if constant:
         raise UserError(
