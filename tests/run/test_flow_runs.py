@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,7 +160,8 @@ def test_diffusers_draws_our_image(sampler, uninterrupted, tmp_path, monkeypatch
     """The pipeline of the exported folder with the scheduler of its config, or as the card's program says."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
-    folder = spoil(uninterrupted[0] / "model", tmp_path / "model", edit_json("scheduler/scheduler_config.json", flow_shift=2.0))
+    shift = edit_json("scheduler/scheduler_config.json", flow_shift=2.0)
+    folder = Path(spoil(uninterrupted[0] / "model", tmp_path / "model", shift))
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     card = (folder / "README.md").read_text()
