@@ -139,7 +139,7 @@ def test_the_target_is_the_flow_of_the_base(precision, share, tiny_model):
 def test_a_lora_shares_all_weights_with_its_teacher(tmp_path, tiny_model, images):
     stage = ONE.replace('["unet"]', '["lora"]') + 'teacher = "base"\n[model.lora]\nrank = 2\n'
     folder, text = run(job(tmp_path, tiny_model, images, stage), *FLOW)
-    assert says(text, "teacher-bytes", stage="one", size="0 MiB")
+    assert says(text, "teacher-bytes", stage="one", size="0.0 MiB")
     assert (folder / "lora.safetensors").exists() and load_model(ModelTable(base=str(folder / "model"))).prediction == "flow"
 
 
