@@ -83,7 +83,7 @@ def simulated(plan: StagePlan, card: Card, images: int, *, fast: bool) -> float:
     """Return the seconds of a step in the simulation, which takes from the plan how long the backward computes for a chunk."""
     assert plan.cluster is not None
     chunks, before = [], 0.0
-    for operations, event in plan.parts(images):
+    for operations, event in plan.segments(images):
         before += step_seconds(operations, card, "bf16")[not fast]
         if isinstance(event, Message) and event.operation in ("all_to_all_single", "all_reduce"):
             chunks.append((before, event.size))

@@ -421,15 +421,9 @@ def main() -> None:
         with signals_of_commands(), shown() if args.shows_progress() else nullcontext():
             app()
     except UserError as error:
-        from fastsd.terminal.console import STDOUT
-        from fastsd.terminal.texts import fit
+        from fastsd.terminal.console import error_text
 
-        text = STDOUT.copyable(f"fastsd: {error}")
-        if sys.stderr.isatty():
-            from shutil import get_terminal_size
-
-            text = fit(text, get_terminal_size().columns)
-        print(text, file=sys.stderr)
+        print(error_text(f"fastsd: {error}"), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if (advice := disk_advice(error)) is None:

@@ -260,6 +260,8 @@ WRITERS = {
     "fastsd/commands/redraw.py": {"write"},  # to memory
     "fastsd/compare/page.py": {"data_uri"},  # to memory
     "fastsd/compare/charts.py": {"svg"},  # to memory
+    "fastsd/compare/audit.py": {"write_table"},  # a temporary file
+    "fastsd/data/building/results.py": {"merge"},  # a temporary file, flushed and then renamed
     "kernels/fastsd_kernels/atlas.py": {"main"},  # a temporary file
 }
 

@@ -94,16 +94,10 @@ def swap_vae(
     compute_device = choose_device(device, console)
     table = ModelTable(base=base, tokenizer=tokenizer)
     model = load_merged(table, choose_ops("auto", compute_device))
-    if images and model.prediction == "flow":
-        raise UserError(
-            "align-flow",
-            f"BASE {base} is a flow, and the fits are for models that predict epsilon or v; align the base that the flow was "
-            "trained from, or omit --images",
-        )
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
     if normalise:
         _normalise(new_vae, normalise)
-    _check_vaes(model.vae, new_vae, vae, aligning=bool(images))
+    _check_vaes(base, model, new_vae, vae, aligning=bool(images))
     _print_changes(console, model, new_vae, aligning=bool(images))
 
     fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # for the output
@@ -201,8 +195,15 @@ def _images(folder: Path) -> list[DataSource]:
         raise UserError("swap-images", str(error).replace("data.folders", "--images")) from None
 
 
-def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
+def _check_vaes(base_name: str, model: Model, new: Vae, name: str, *, aligning: bool) -> None:
     """Raise UserError if the VAE is the base's own, or if its latents need no alignment or cannot be aligned."""
+    base = model.vae
+    if aligning and model.prediction == "flow":
+        raise UserError(
+            "align-flow",
+            f"BASE {base_name} is a flow, and the fits are for models that predict epsilon or v; align the base that the flow "
+            "was trained from, or omit --images",
+        )
 
     def latent_space(vae: Vae) -> tuple[object, ...]:
         return vae.hash, vae.latent_space

@@ -97,7 +97,7 @@ class Wait(NamedTuple):
     hidden: bool = False
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """Operations of a step, and the event that follows them."""
 
     operations: Counter[Operation]
@@ -135,15 +135,17 @@ class StepTimes(NamedTuple):
     efficiency: tuple[float, float]
 
     @classmethod
-    def of(cls, compute: tuple[float, float], parts: Sequence[Part], card: Card, precision: str, cluster: Cluster) -> StepTimes:
+    def of(
+        cls, compute: tuple[float, float], segments: Sequence[Segment], card: Card, precision: str, cluster: Cluster
+    ) -> StepTimes:
         """Predict a step.
 
         Args:
             compute: fewest and most seconds of all operations of the step, from `step_seconds`.
-            parts: of the step's end, from its last forward on.
+            segments: of the step's end, from its last forward on.
         """
-        pairs = [step_seconds(part.operations, card, precision) for part in parts]
-        events = [part.event for part in parts]
+        pairs = [step_seconds(segment.operations, card, precision) for segment in segments]
+        events = [segment.event for segment in segments]
 
         def predicted(slow: int, *, fast: bool) -> StepTime:
             return waited(compute[slow], [pair[slow] for pair in pairs], events, cluster, fast=fast)
@@ -156,7 +158,7 @@ def waited(
     compute: float, seconds: Sequence[float], events: Sequence[Message | Wait], cluster: Cluster, *, fast: bool
 ) -> StepTime:
     """Return the time of a step that computes `compute` seconds, of which `seconds` lie before each event."""
-    now = compute - sum(seconds)  # the operations before and after the parts; where they are makes no difference
+    now = compute - sum(seconds)  # the operations before and after the segments; where they are makes no difference
     exposed, messages, sums = 0.0, [], False
     for passed, event in zip(seconds, events, strict=True):
         # What is computed after a hidden wait is sums of received pieces: they follow the message before, not the backward.
@@ -179,7 +181,7 @@ class _Done:
 
 @dataclass(frozen=True)
 class RehearsedRanks(Ranks):
-    """Ranks that send nothing and report each event of `Part` to `record`."""
+    """Ranks that send nothing and report each event of `Segment` to `record`."""
 
     record: Callable[[Message | Wait], None] = field(default=lambda _: None, compare=False)
 

@@ -31,7 +31,7 @@ from fastsd.errors import UserError
 from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
 from fastsd.model.text_encoder import chunk_limit, context_lengths
-from fastsd.plan.communication import Part, StepTimes
+from fastsd.plan.communication import Segment, StepTimes
 from fastsd.plan.disk import run_bytes
 from fastsd.plan.figures import duration_text, range_text
 from fastsd.plan.gpu_specs import find_gpu
@@ -122,11 +122,11 @@ class StagePlan:
             operations.update({op: later * count for op, count in second.items()})
         return operations
 
-    def parts(self, micro_batch_size: int, checkpointing: str | None = None) -> tuple[Part, ...]:
+    def segments(self, micro_batch_size: int, checkpointing: str | None = None) -> tuple[Segment, ...]:
         """Return the end of a step, divided by what it sends to other ranks. Empty for one rank."""
         self.operations(micro_batch_size, checkpointing)
         level = checkpointing or self.stage.checkpointing
-        return self._pairs.get((micro_batch_size, level), self.need(micro_batch_size, level)).parts
+        return self._pairs.get((micro_batch_size, level), self.need(micro_batch_size, level)).segments
 
     def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
         """Find the largest micro-batch size with which the stage fits.
@@ -165,15 +165,14 @@ class StagePlan:
         """Predict a step of several GPUs as in `communication.py`."""
         assert self.cluster is not None
         compute = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
-        return StepTimes.of(compute, self.parts(micro_batch_size, checkpointing), card, self.stage.precision, self.cluster)
+        return StepTimes.of(compute, self.segments(micro_batch_size, checkpointing), card, self.stage.precision, self.cluster)
 
     def otherwise_sharded(self) -> StagePlan | None:
         """Return a plan with the other value of `shard_state`. None for one GPU."""
-        sharded = self.stage.shard_state
         if self.cluster is None or self.cluster.gpus == 1:
             return None
         other = copy(self)
-        other.stage = self.stage.model_copy(update={"shard_state": not sharded})
+        other.stage = self.stage.model_copy(update={"shard_state": not self.stage.shard_state})
         other._rehearsals, other._needs, other._pairs = {}, {}, {}
         return other
 
@@ -323,7 +322,7 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], 
     entry |= {"sampling": need.sampling, "total": need.total + RESERVED, "fits": need.total <= plan.device_bytes}
     if plan.cluster and plan.cluster.gpus > 1:
         times = {card.name: plan.step_times(card, micro_batch_size) for card in cards}
-        entry["ranks"] = describe_ranks(plan.parts(micro_batch_size), times, plan.cluster, plan.images)
+        entry["ranks"] = describe_ranks(plan.segments(micro_batch_size), times, plan.cluster, plan.images)
         if other := plan.otherwise_sharded():
             totals = [p.need(micro_batch_size).total + RESERVED for p in (plan, other)]
             entry["ranks"]["sharded"], entry["ranks"]["unsharded"] = totals[
@@ -448,5 +447,4 @@ def _print_disk(disk: dict[str, Any], console: Console) -> None:
     if disk["written_a_day"]:
         slowest, fastest = map(size_text, disk["written_a_day"])
         lines[-1] += f", predicted {slowest} to {fastest} a day; compare this with the endurance (TBW) of the SSD"
-    for line in lines:
-        console.echo(f"           {line}")
+    console.echo("\n".join(f"           {line}" for line in lines))

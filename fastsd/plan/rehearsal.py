@@ -21,7 +21,7 @@ from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.model import SD15_SCHEDULER
 from fastsd.model.shapes import Shapes, empty_model, materialize
 from fastsd.model.vae_encoder import VaeEncoder
-from fastsd.plan.communication import Message, Part, RehearsedRanks, Wait
+from fastsd.plan.communication import Message, RehearsedRanks, Segment, Wait
 from fastsd.plan.operations import Operation, Recorder
 from fastsd.sampling.generate import BATCH
 from fastsd.train.flow import Teacher
@@ -49,7 +49,7 @@ class MemoryEstimate:
         working: memory needed at the peak of the step, beyond `owners` and `activations`.
         sampling: memory needed to draw samples between steps, beyond `owners`.
         operations: how often each operation runs in a step with one micro-batch.
-        parts: of the step, divided by what it sends to other ranks. Empty for one rank.
+        segments: of the step, divided by what it sends to other ranks. Empty for one rank.
     """
 
     micro_batch_size: int
@@ -58,7 +58,7 @@ class MemoryEstimate:
     working: int
     sampling: int
     operations: Counter[Operation]
-    parts: tuple[Part, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -107,7 +107,7 @@ class Rehearsal:
         self._live = LiveBytes(self._device)
         self._bytes_after_forward: list[int] = []  # bytes alive at the end of each UNet forward
         self._recorder = Recorder([])
-        self._parts: list[Part] = []
+        self._segments: list[Segment] = []
 
         self._model = empty_model(shapes, _traceable(ops))
         self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
@@ -135,20 +135,20 @@ class Rehearsal:
         self._model.unet.register_forward_hook(lambda *_: self._bytes_after_forward.append(self._live.now))
 
     def _communicate(self, event: Message | Wait) -> None:
-        self._parts.append(Part(self._recorder.since_last(), event))
+        self._segments.append(Segment(self._recorder.since_last(), event))
 
     def step(self, micro_batch_size: int, checkpointing: str, micro_batches: int = 1) -> MemoryEstimate:
         """Run one step of `micro_batches` forwards and backwards with `micro_batch_size` images each, and one update."""
         bytes_before, operations = self._run(micro_batch_size, checkpointing, micro_batches)
         forward_bytes = self._bytes_after_forward[0]
         working = self._live.peak - forward_bytes + self._unowned_bytes
-        activations, parts = forward_bytes - bytes_before, tuple(self._parts)
-        return MemoryEstimate(micro_batch_size, self.owners, activations, working, self._sampling, operations, parts)
+        activations, segments = forward_bytes - bytes_before, tuple(self._segments)
+        return MemoryEstimate(micro_batch_size, self.owners, activations, working, self._sampling, operations, segments)
 
     def _run(self, micro_batch_size: int, checkpointing: str, micro_batches: int) -> tuple[int, Counter[Operation]]:
         """Run a step. Return the bytes that were alive before, and the operations."""
         self._model.unet.checkpointing, self._step.micro_batch_size = checkpointing, micro_batch_size
-        self._bytes_after_forward, self._parts = [], []
+        self._bytes_after_forward, self._segments = [], []
         count = micro_batches * micro_batch_size
         with self._without_data:
             channels, text = self._model.unet.cfg.in_channels, self._model.text

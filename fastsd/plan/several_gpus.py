@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastsd.plan.communication import Message, Part, StepTimes
+from fastsd.plan.communication import Message, Segment, StepTimes
 from fastsd.plan.figures import range_text
 from fastsd.plan.links import Cluster
 from fastsd.terminal.texts import size_text
 
 
-def describe_ranks(parts: Sequence[Part], times: Mapping[str, StepTimes], cluster: Cluster, images: int) -> dict[str, Any]:
+def describe_ranks(
+    segments: Sequence[Segment], times: Mapping[str, StepTimes], cluster: Cluster, images: int
+) -> dict[str, Any]:
     """Describe the communication of a step as JSON, with sizes in bytes per GPU and times in seconds.
 
     Args:
         times: predicted steps by card.
         images: of a batch, on one GPU.
     """
-    messages = [part.event for part in parts if isinstance(part.event, Message)]
+    messages = [segment.event for segment in segments if isinstance(segment.event, Message)]
     entry: dict[str, Any] = {"gpus": cluster.gpus, "machines": cluster.machines, "images": images, "messages": len(messages)}
     early = sum(message.sent_bytes(cluster.gpus) for message in messages if message.hidden)
     entry |= {"sent": sum(message.sent_bytes(cluster.gpus) for message in messages), "sent_early": early}

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from shutil import get_terminal_size
 from typing import IO, Any, TypeVar, cast
 
 import rich.console
@@ -123,6 +125,14 @@ class Console(rich.console.Console):
 
 
 STDOUT = Console()
+
+
+def error_text(text: str) -> str:
+    """Return an error as stderr shows it: with commands that can be copied, and fitted to a terminal."""
+    text = STDOUT.copyable(text)
+    return fit(text, get_terminal_size().columns) if sys.stderr.isatty() else text
+
+
 _display: _Display | None = None
 _lock = threading.RLock()  # of the progress line
 

@@ -135,13 +135,13 @@ class Teacher:
         trained, device = set(component.names), next(component.module.parameters()).device
         self.copied, self.s_T = [], self.s_T.to(device)
         for plain, parameter in self.unet.named_parameters():
-            name, theirs = parameters[plain]
+            name, original = parameters[plain]
             if self.known_equal and name not in trained:
-                parameter.data = theirs.data
+                parameter.data = original.data
                 continue
             ours = compute_weight(parameter.data.to(device), component.dtype)
-            equal = name not in trained and ours.shape == theirs.shape and torch.equal(ours, theirs.data)
-            parameter.data = theirs.data if equal else ours
+            equal = name not in trained and ours.shape == original.shape and torch.equal(ours, original.data)
+            parameter.data = original.data if equal else ours
             self.copied += [] if equal else [ours]
         precisions = [layer.precision for layer in component.module.modules() if isinstance(layer, Attention)]
         for precision in precisions[:1]:

@@ -13,10 +13,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS, StageTable
@@ -33,36 +31,9 @@ from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optim
 from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
 from fastsd.train.schedule import ema_decay, learning_rate
 from fastsd.train.sharded_updates import ShardedUpdates
+from fastsd.train.step_inputs import StepInputs, fingerprints
 from fastsd.train.trainable import FusedUpdates, TrainableComponent
-from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
-
-
-class StepInputs(NamedTuple):
-    """The tensors of a batch that a step computes with, on the device (see `Batch`). It has token ids or text embeddings.
-
-    Timesteps are a function of positions. The host draws them, because that takes a GPU some hundred launches of nothing.
-    """
-
-    latents_BCHW: Tensor
-    positions_B: Tensor
-    t_B: Tensor
-    token_ids_BL: Tensor | None
-    text_embeds_BLD: Tensor | None
-    weight_B: Tensor | None
-    mask_B1HW: Tensor | None
-
-    @classmethod
-    def of(cls, batch: Batch, t_B: Tensor, device: torch.device) -> StepInputs:
-        """Copy a batch and its timesteps to the device without waiting. Token ids are omitted if there are text embeddings."""
-        token_ids_BL = batch.token_ids_BL if batch.text_embeds_BLD is None else None
-        t_B = t_B.pin_memory() if device.type == "cuda" else t_B
-        text = token_ids_BL, batch.text_embeds_BLD
-        tensors = batch.latents_BCHW, batch.positions_B, t_B, *text, batch.weight_B, batch.mask_B1HW
-        return cls._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
-
-    def micro_batch(self, images: slice) -> StepInputs:
-        return StepInputs._make(None if tensor is None else tensor[images] for tensor in self)
 
 
 @dataclass(frozen=True)
@@ -133,8 +104,7 @@ class Step:
         self.teacher = teacher
         if teacher:
             teacher.share(self.components["unet"])
-        self.skipped = torch.zeros((), device=self.device)
-        self.canary_errors = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped, self.canary_errors = torch.zeros((), device=self.device), torch.zeros((), device=self.device).long()
         self._arenas = [component.gradients for component in self.components.values() if component.gradients]
         self._fused: FusedUpdates | None = None
         if stage.fused_backward:
@@ -406,8 +376,7 @@ class Step:
 
     def load_averages(self, state: Mapping[str, Tensor]) -> None:
         """Restore the averages. Those which are not in `state`, because they were enabled only now, stay as they are."""
-        averages = self.powers.state(self.stage.averages) if self.powers else {}
-        for key, counts in averages.items():
+        for key, counts in self.powers.state(self.stage.averages).items() if self.powers else ():
             if key in state:
                 counts.copy_(state[key])
         for k, average in enumerate(self.stage.averages):
@@ -425,20 +394,12 @@ class Step:
 
     def weights_checksum(self) -> int:
         """Add the bits of all trained weights (high halves in bf16), the same on all ranks. Waits for the device."""
-        trained = [component for component in self.components.values() if component.master_hi is not None]
-        return int(
-            bit_sum([half for c in trained for half in (c.master_hi, None if c.shards else c.master_lo) if half is not None])
-        )
+        halves = [(c.master_hi, None if c.shards else c.master_lo) for c in self.components.values()]
+        return int(bit_sum([half for pair in halves for half in pair if half is not None]))
 
     def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
-        """Hash the inputs of a step: the samples of all ranks, their timesteps, and the noise of the first sample."""
-        first = batch.positions_B[0] - self.ranks.rank * len(batch.positions_B)
-        positions_B = first + torch.arange(len(batch.positions_B) * self.ranks.world)
-        t_B = self.objective.timesteps(positions_B)
-        shape = tuple(batch.latents_BCHW.shape[1:])
-        eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, positions_B[:1], shape)
-        inputs = {"order": batch.samples_B, "timesteps": t_B, "noise": eps}
-        return {key: xxhash.xxh3_64_hexdigest(data.cpu().numpy().tobytes()) for key, data in inputs.items() if data is not None}
+        """Hash the inputs of a step as in `step_inputs.fingerprints`."""
+        return fingerprints(batch, self.objective, self.ranks)
 
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by role."""

@@ -290,7 +290,7 @@ class TrainableComponent:
         """Gather the EMAs in the same way, unless that has been done."""
         if self.shards and self.pieces_ema and (self.ema is None or everywhere > self._average_everywhere):
             pieces_K = zip(*self.pieces_ema, strict=True)
-            self.ema = torch.stack([self.shards.whole(pieces, everywhere=everywhere) for pieces in pieces_K])
+            self.ema = torch.stack([self.shards.whole(shares, everywhere=everywhere) for shares in pieces_K])
             self._average_everywhere = everywhere
 
     def drop_collected(self) -> None:

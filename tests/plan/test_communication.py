@@ -20,7 +20,7 @@ from fastsd.data.loader import Batch
 from fastsd.model.shapes import Shapes
 from fastsd.model.unet import UNetConfig
 from fastsd.plan import communication
-from fastsd.plan.communication import BASE, Message, Part, StepTimes, Wait, arrival, waited
+from fastsd.plan.communication import BASE, Message, Segment, StepTimes, Wait, arrival, waited
 from fastsd.plan.links import LINKS, Cluster, cluster_of, find_link
 from fastsd.plan.operations import Operation
 from fastsd.plan.plan import plan_stage
@@ -122,8 +122,8 @@ def test_real_ranks_send_the_messages_that_are_planned(sent, name, tmp_path, mon
     recorded = Recorded(monkeypatch, communication.RehearsedRanks)
     cluster, stage = Cluster(world, machines, LOCAL, NETWORK if machines > 1 else None), stage_with(keys, world)
     plan = plan_stage(Shapes.of(make_model(tmp_path)), stage, 32, 0, cluster=cluster)
-    parts = plan.parts(stage.micro_batch_size)
-    messages = [part.event for part in parts if isinstance(part.event, Message)]
+    segments = plan.segments(stage.micro_batch_size)
+    messages = [segment.event for segment in segments if isinstance(segment.event, Message)]
     early = sum(message.operation != "all_gather_single" and message.hidden for message in messages)
     per_step = len(messages)
     for result in results:
@@ -221,8 +221,8 @@ def test_steps_wait_for_what_is_sent_after_the_update():
     work = Counter({Operation("pass", "GEGLU", 0, 10**9, 1, narrow=True): 10})
     sum_, weights = Message("all_to_all_single", 1 << 20, True), Message("all_gather_single", 1 << 30, False)
     compute = step_seconds(work, card, "bf16")
-    parts = [Part(work, sum_), Part(Counter(), Wait()), Part(Counter(), weights), Part(Counter(), Wait())]
-    times = StepTimes.of(compute, parts, card, "bf16", cluster)
+    segments = [Segment(work, sum_), Segment(Counter(), Wait()), Segment(Counter(), weights), Segment(Counter(), Wait())]
+    times = StepTimes.of(compute, segments, card, "bf16", cluster)
     expected = weights.seconds(cluster, fast=True) + sum_.seconds(cluster, fast=True)
     assert times.fastest.exposed == pytest.approx(expected)
     assert times.fastest.seconds == pytest.approx(compute[0] + expected)

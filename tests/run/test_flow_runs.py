@@ -171,13 +171,13 @@ def test_diffusers_draws_our_image(sampler, uninterrupted, tmp_path, monkeypatch
         pipe.scheduler.init_noise_sigma = 1.0
     model = load_to_sample(ModelTable(base=str(folder)), "cpu")
     eps = noise.normal(0, noise.Purpose.SAMPLE, torch.tensor([5]), (4, 16, 16))
-    theirs = pipe("a red circle", latents=eps, num_inference_steps=6, guidance_scale=3.0, output_type="np").images[0]
+    expected = pipe("a red circle", latents=eps, num_inference_steps=6, guidance_scale=3.0, output_type="np").images[0]
     pixels = []
     decode = model.vae.decode
     monkeypatch.setattr(model.vae, "decode", lambda latents: [pixels.append(image) or image for image in decode(latents)])
     generate(model, ["a red circle"], [5], SampleTable(sampler=sampler, steps=6, guidance=3.0), 32)
     ours = (pixels[0].permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1)
-    assert np.abs(ours - theirs).max() <= 1e-4
+    assert np.abs(ours - expected).max() <= 1e-4
 
 
 def test_the_single_file_is_a_flow_again(uninterrupted):

@@ -12,7 +12,8 @@ from tiny import ONE_LEVEL, job, make_tiny_model, write_images
 from fastsd.model.unet import UNetConfig
 from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import precision_switches
-from fastsd.train.step import Step, StepInputs
+from fastsd.train.step import Step
+from fastsd.train.step_inputs import StepInputs
 
 STEPS = WARM_UP + 3
 STAGES = f"""

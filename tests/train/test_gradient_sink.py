@@ -15,7 +15,8 @@ from fastsd.model.gradient_sink import GradientSink, sink_of
 from fastsd.model.lora import add_lora
 from fastsd.model.matmul import LayerTensors
 from fastsd.model.recompute import linear
-from fastsd.train.step import Step, StepInputs
+from fastsd.train.step import Step
+from fastsd.train.step_inputs import StepInputs
 from fastsd.train.trainable import GradientArena
 
 

@@ -23,7 +23,8 @@ from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import plan_stage
 from fastsd.sampling.generate import denoise
 from fastsd.train.objective import Objective, alphas_cumprod
-from fastsd.train.step import Step, StepInputs
+from fastsd.train.step import Step
+from fastsd.train.step_inputs import StepInputs
 from fastsd_kernels import REFERENCE, TRITON, noise
 from fastsd_kernels.launch import recording
 from fastsd_kernels.noise import Purpose

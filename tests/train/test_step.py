@@ -24,7 +24,8 @@ from fastsd.model.unet import UNetConfig
 from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
 from fastsd.train.device import choose_ops
-from fastsd.train.step import Step, StepInputs
+from fastsd.train.step import Step
+from fastsd.train.step_inputs import StepInputs
 from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
 from fastsd_kernels import TRITON, noise
 from fastsd_kernels.arena import join_master
