@@ -1,4 +1,4 @@
-"""What ranks send in a step, and how long they wait for it: the communication model of `fastsd plan --gpus`.
+"""Messages of ranks in a step, and the time for which they wait: the communication model of `fastsd plan --gpus`.
 
     compute   ==== forward ====|======= backward =======|                 |= update =|
     network                          [c0][c1]  [c2][c3] [c4][c5][last]

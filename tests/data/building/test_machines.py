@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -255,6 +256,32 @@ def test_a_machine_that_works_alone_is_left_alone(tmp_path, monkeypatch, name):
         with refused("cache-machine-alone", folder=tmp_path / "cache"), joined(tmp_path / "cache", name, "view", lines.append):
             pass
     assert says(lines[-1], "machine-may-work", folder=tmp_path / "cache")
+
+
+def test_a_machine_waits_for_what_another_makes(tmp_path):
+    """Each step is done once, and the machine that waits says for what."""
+    lines, done, begun, may_end = [], [], threading.Event(), threading.Event()
+
+    def do():
+        begun.set()
+        may_end.wait(60)
+        done.append("first")
+
+    folder = tmp_path / "cache"
+    with joined(folder, "first", "view", print) as first, joined(folder, "second", "view", lines.append) as second:
+        threads = [
+            threading.Thread(target=first.once, args=("view", do)),
+            threading.Thread(target=second.once, args=("view", lambda: done.append("second"))),
+        ]
+        for thread in threads:
+            thread.start()
+            begun.wait(60)
+        while threads[1].is_alive() and not lines:
+            time.sleep(0.02)
+        may_end.set()
+        for thread in threads:
+            thread.join()
+    assert says("\n".join(lines), "another-machine", step="view") and done == ["first"]
 
 
 def test_two_machines_have_two_names(tmp_path, monkeypatch):
