@@ -117,8 +117,9 @@ class Rehearsal:
                     materialize(module, self._device)
             stage = stage.model_copy(update={"micro_batch": micro_batch_size})
             teacher = None
-            if stage.teacher:
+            if stage.teacher or stage.timestep_shift != 1:  # the base's own prediction makes no other difference
                 self._model.scheduler = flow_scheduler({})
+            if stage.teacher:
                 teacher = empty_teacher(shapes, self._model.unet.ops, self._device)
             ranks = RehearsedRanks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, self._communicate)
             self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, teacher=teacher, ranks=ranks)
@@ -188,7 +189,8 @@ class Rehearsal:
             owners[f"weights of the {name.replace('_', ' ')}, {status}"] = component.tensors_by_role()["weights"]
         owners["VAE, for samples"] = [p.data for p in self.modules["vae"].parameters()]
         owners |= {"gradients": step_owners["gradients"], "optimizer state": step_owners["state"], "EMA": step_owners["ema"]}
-        owners |= {"teacher, as far as it is trained": step_owners["teacher"]} if step_owners["teacher"] else {}
+        if copied := step_owners.get("teacher"):
+            owners["teacher, as far as it is trained"] = copied
         return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
 
     @contextmanager

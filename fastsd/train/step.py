@@ -404,7 +404,7 @@ class Step:
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by role."""
         tensors_by_role: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
-        tensors_by_role["teacher"] = self.teacher.copied if self.teacher else []
+        tensors_by_role |= {"teacher": self.teacher.copied} if self.teacher else {}
         for component in self.components.values():
             for role, tensors in component.tensors_by_role().items():
                 tensors_by_role[role] += tensors

@@ -296,12 +296,18 @@ def test_light_keys_do_not_change_the_plan():
         "ema_snapshots": 3, "ema_snapshot_dtype": "fp32",
         "huber_delta": 0.5, "weighting_form": "onetrainer", "weighting_min": 0.1, "weighting_gamma": 2.0,
         "timestep_range": [100, 900], "timestep_mean": 1.0, "timestep_std": 2.0,
+        "timestep_shift": 3.0, "teacher_share": 0.5,
         "unmasked_weight": 0.5, "caption_dropout": 0.1, "max_tags": 5, "tag_separator": ";", "shuffle_tags": True,
         "keep_tags": 1, "tag_dropout": 0.1, "shuffle_sentences": True, "sample_every": 5, "checkpoint_every": 5,
         "keep_checkpoints": 9, "keep_every": 4, "checkpoint_at": [3],
     }  # fmt: skip
     assert list(values) == keys_with(StageTable, Key.LIGHT)
-    for settings in ({"optimizer": "lion", "lr": 1e-4, "weighting": "p2"}, {"optimizer": "adamw", "lr": 1e-4, "loss": "huber"}):
+    flow = {"timestep_shift": values.pop("timestep_shift")}  # which has no such weights
+    for settings, changed in (
+        ({"optimizer": "lion", "lr": 1e-4, "weighting": "p2"}, values),
+        ({"optimizer": "adamw", "lr": 1e-4, "loss": "huber"}, values),
+        ({"optimizer": "lion", "lr": 1e-4, "timestep_shift": 2.0}, flow),
+    ):
         stage = StageTable(train=["unet"], until=1, batch=2, timesteps="logit_normal", **settings)
-        plain, other = (plan_stage(MINIMAL, s, SMALL[1], 0).need(2) for s in (stage, stage.model_copy(update=values)))
+        plain, other = (plan_stage(MINIMAL, s, SMALL[1], 0).need(2) for s in (stage, stage.model_copy(update=changed)))
         assert (plain.total, plain.activations, plain.operations) == (other.total, other.activations, other.operations)

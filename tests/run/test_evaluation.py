@@ -69,7 +69,7 @@ def test_a_failing_evaluation_costs_no_step(plain, tmp_path, monkeypatch):
         prompts.unlink(missing_ok=True)
         raise KeyError("sampler")
 
-    monkeypatch.setattr(Validation, "errors", broken)
+    monkeypatch.setattr(Validation, "measure", broken)
     other, text = run(path, f"run={tmp_path / 'run'}", f"sample.prompts_file={prompts}", *OVERRIDES)
     assert same(final(other), final(folder))
     assert says(text, "evaluation-failed", task="validation", reason="'sampler'")
