@@ -1,6 +1,6 @@
 """Train the demo's UNet on 1, 2 and 4 ranks, and compare the results: inputs, weights, repetitions, sharded state.
 
-    python bench/ranks.py [--steps 50] [--folder DIR] [--json FILE] [--only lion ...]
+    python bench/rank_matrix.py [--steps 50] [--folder DIR] [--json FILE] [--only lion ...]
 
 Each case is trained by one process with the whole batch and with micro-batches of one rank's share, which have the same partial
 sums as ranks; and by 2 and 4 ranks with and without sharded state, each twice.  Ranks are processes on the CPU, which talk
