@@ -180,7 +180,7 @@ class Run:
         stages = [SimpleNamespace(state=state) for state in ("reset", "reset", "carry")]
         config = SimpleNamespace(run=str(folder), stage=stages)
         monkeypatch.setattr("fastsd.run.saving.dump_config", lambda config: "the config")
-        self.position = SimpleNamespace(progress=None)
+        self.position = SimpleNamespace(progress=RunProgress())
         smoothed = SimpleNamespace(state_dict=lambda: {"loss": torch.zeros(1)})
         health = SimpleNamespace(state_dict=dict, problem=lambda: None)
         report = SimpleNamespace(
@@ -193,9 +193,20 @@ class Run:
             record=lambda progress, console: self.calls.append(f"cost {progress.costs}"),
             of_complete_stage=lambda progress: [f"of step {progress.step}"],
         )
-        component = SimpleNamespace(ema_state=lambda: {"w": torch.ones(1)}, state=lambda *kind: {"w": torch.ones(2)}, names=[])
+        component = SimpleNamespace(
+            ema_state=lambda: {"ema/w": torch.ones(1)},
+            state=lambda *kind: {"w": torch.ones(2)},
+            collect_lows=lambda: None,
+            collect_averages=lambda: None,
+            names=[],
+        )
         self.step = SimpleNamespace(
-            components={"unet": component}, optimizers={}, skipped=torch.zeros(1), stage=SimpleNamespace(keep_checkpoints=2)
+            components={"unet": component},
+            optimizers={},
+            skipped=torch.zeros(1),
+            powers=None,
+            sharded=False,
+            stage=SimpleNamespace(keep_checkpoints=2),
         )
         self.step.state_dict = partial(Step.state_dict, self.step)
         monkeypatch.setattr(checkpoint, "save", self.save_files)

@@ -303,11 +303,15 @@ def test_a_stage_ends_by_steps_or_by_time(monkeypatch):
     progress = RunProgress(stage_step=3, seconds=20.0)
     assert not position(progress, 4).at_end(0) and position(progress, 3).at_end(0) and position(progress, 2).at_end(0)
     timed = position(progress, ENDLESS, until=("30s",))
+    step = SimpleNamespace(stage=timed.stages[0], micro_batch_size=2)
     assert not timed.at_end(0) and timed.elapsed() == 20
     now = 59.5
+    timed.advance(step)
     assert not timed.at_end(0)
     now = 60.0
-    assert timed.at_end(0) and timed.elapsed() == 30
+    assert not timed.at_end(0) and timed.elapsed() == 30  # the latest step ended in time
+    timed.advance(step)
+    assert timed.at_end(0)
 
 
 def test_a_finished_last_stage_can_be_extended_if_its_state_exists():

@@ -26,6 +26,7 @@ from fastsd.run import checkpoint, cost
 from fastsd.run.loop import train
 from fastsd.run.restart import lock
 from fastsd.terminal.console import Console
+from fastsd.train.objective import Objective
 
 pytestmark = pytest.mark.slow
 
@@ -253,16 +254,14 @@ def test_retention_keeps_the_newest_and_the_stage_ends(uninterrupted):
 
 
 def test_steps_with_gradients_that_are_not_finite_are_skipped(tmp_path, tiny_model, images, monkeypatch):
-    from fastsd.train import step as step_module
-
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "dlion"\ncheckpoint_every = 1\n'
-    true_loss, calls = step_module.Objective.loss, []
+    true_loss, calls = Objective.loss, []
 
     def nan_in_third_step(self, *args):
         calls.append(1)
         return true_loss(self, *args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(step_module.Objective, "loss", nan_in_third_step)
+    monkeypatch.setattr(Objective, "loss", nan_in_third_step)
     folder, text = run(job(tmp_path, tiny_model, images, stage))
     before, after = (load_file(folder / f"checkpoints/step-0000000{n}" / UNET) for n in (2, 3))
     assert same(before, after)
@@ -270,7 +269,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(tmp_path, tiny_mod
     row = rows_of(folder)[2]
     assert row["loss"] is None and row["skipped"] == 1
 
-    monkeypatch.setattr(step_module.Objective, "loss", lambda self, *args: true_loss(self, *args) * float("nan"))
+    monkeypatch.setattr(Objective, "loss", lambda self, *args: true_loss(self, *args) * float("nan"))
     with refused("no-finite-gradient"):
         run(job(tmp_path, tiny_model, images, stage), f"run={tmp_path / 'dead'}")
 

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from fastsd.config.schema import StageTable
-from fastsd.run.triggers import Triggers
+from fastsd.run.triggers import Due, Triggers
 from fastsd.train.ranks import ALONE
 
-ACTIONS = ("log", "validation", "samples", "checkpoint", "permanent", "profile")
 NEVER = {"sample_every": 0, "checkpoint_every": "9e"}
 
 
@@ -22,7 +21,8 @@ class Run:
             stage=[None, table], log=SimpleNamespace(every=log), validate_=SimpleNamespace(every=validate)
         )
         self.seconds, self.ranks = 0.0, ALONE
-        self.position = SimpleNamespace(progress=SimpleNamespace(stage_step=0), elapsed=lambda: self.seconds)
+        progress = SimpleNamespace(stage_step=0)
+        self.position = SimpleNamespace(progress=progress, elapsed=lambda: self.seconds, steps=[None, 12])
 
     def due(self, steps, start=0):
         """Return the steps after which each action is due."""
@@ -30,7 +30,7 @@ class Run:
         for step in range(start + 1, steps + 1):
             self.position.progress.stage_step = step
             due = triggers.after_step()
-            for action in ACTIONS:
+            for action in Due._fields:
                 if getattr(due, action):
                     result.setdefault(action, []).append(step)
         return result
@@ -48,6 +48,8 @@ class Run:
         ({"keep_every": "1e", "checkpoint_every": 4}, {"checkpoint": [4, 5, 8, 10, 12], "permanent": [5, 10]}),
         ({"keep_every": "18 images"}, {"checkpoint": [5, 9], "permanent": [5, 9]}),
         ({"checkpoint_at": [3, "2e"]}, {"checkpoint": [3, 10], "permanent": [3, 10]}),
+        ({"ema": {"sigma_rel": [0.1]}, "ema_snapshots": 3}, {"snapshot": [4, 8, 12]}),
+        ({"ema": 0.9}, {}),
     ],
 )
 def test_each_action_has_its_own_interval(settings, due, tmp_path):
