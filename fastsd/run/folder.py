@@ -90,6 +90,12 @@ def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
     return [(path, match[1], int(match[2])) for path, match in matches if match]
 
 
+def step_of(path: Path) -> int:
+    """Return the step in the name of a file or folder, such as step-00000120.json; 0 if it is not one that a run writes."""
+    match = re.fullmatch(r"step-(\d+)", path.stem)
+    return int(match[1]) if match else 0
+
+
 def read_grid(path: Path, stage: str, step: int) -> Grid | None:
     """Read a sample grid. Return None if the file is incomplete or missing."""
     try:

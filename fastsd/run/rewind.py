@@ -19,7 +19,7 @@ from fastsd.config.schema import Config
 from fastsd.errors import UserError
 from fastsd.model.formats.model_summary import read_summary
 from fastsd.run.checkpoint import STATE, checkpoints, name_of
-from fastsd.run.folder import grid_files, read_table
+from fastsd.run.folder import grid_files, read_table, step_of
 from fastsd.run.restart import read_config, trains_alike
 from fastsd.storage import TEMPORARY, flush_folder, new_file, replace_file, write_bytes
 from fastsd.terminal.console import Console
@@ -140,7 +140,7 @@ def _later_paths(run: Path, step: int) -> list[Path]:
     until all of them are moved, it is at the newest one that remains."""
     paths = [path for path, _, grid_step in grid_files(run / "samples") if grid_step > step]
     files = [*(run / "profiles").glob("step-*.json"), *(run / "snapshots").glob("step-*.safetensors")]
-    paths += [path for path in files if _step_of(path) > step]
+    paths += [path for path in files if step_of(path) > step]
     exports = [path for pattern in EXPORTS for path in sorted(run.glob(pattern))]
     if exports:
         summary = read_summary(run / "model")
@@ -151,12 +151,7 @@ def _later_paths(run: Path, step: int) -> list[Path]:
         if summary is None or summary.steps is None or summary.steps > step:
             lora = folder.with_name(f"{folder.name.replace('model', 'lora', 1)}.safetensors")
             paths += [path for path in (folder.with_name(f"{folder.name}.safetensors"), lora, folder) if path.exists()]
-    return paths + [path for path in reversed(checkpoints(run / "checkpoints")) if _step_of(path) > step]
-
-
-def _step_of(path: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)", path.stem)
-    return int(match[1]) if match else 0
+    return paths + [path for path in reversed(checkpoints(run / "checkpoints")) if step_of(path) > step]
 
 
 def _row_files(run: Path) -> list[Path]:

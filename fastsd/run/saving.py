@@ -18,6 +18,7 @@ from fastsd.config.schema import Config, dump_config
 from fastsd.config.stages import COMPONENTS
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.formats.adapters import Averages
+from fastsd.model.formats.write import DTYPE
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER
 from fastsd.run import checkpoint
@@ -80,7 +81,8 @@ class Saving:
         files = [self.folder / name for name in ("kept.json", "stage-ends.json")]
         self.kept: set[str] = {name for path in files for name in _read_names(path)}
         self._saved_step = self.position.progress.step if self.state else None
-        remove_later(self.folder, self.position.progress.step)
+        if self.ranks.main:
+            remove_later(self.folder, self.position.progress.step)
         self._writer: Thread | None = None
         self._error: Exception | None = None  # a bug, which ended the thread
         self._warned = False
@@ -140,7 +142,8 @@ class Saving:
 
         progress = replace(progress, logs=self.report.digests())
         args = progress, content, step.stage.keep_checkpoints
-        private = step_state.keys() if step.sharded else set()  # gathered in main memory for this checkpoint
+        # What was gathered in main memory for this checkpoint. The other state is small, and changes with the next step.
+        private = {name for name, tensor in step_state.items() if step.sharded and tensor.ndim and "/" in name}
         first = not checkpoint.checkpoints(self.folder / "checkpoints")
         waits = wait or first or progress.stage_done or not content.changed <= components.keys()
         if waits or not self._has_room(content, private):
@@ -157,11 +160,11 @@ class Saving:
     def snapshot(self, step: Step) -> None:
         """Store the averages after the latest step, for `fastsd average`. If this fails, warn and go on."""
         progress = self.position.progress
-        step.collect_averages()
+        state = step.average_state() if self.ranks.main or step.sharded else {}
         if not self.ranks.main:
             return
         try:
-            write_snapshot(self.folder, step, progress.step, progress.first_averaged)
+            write_snapshot(self.folder, state, DTYPE[step.stage.ema_snapshot_dtype], progress.step, progress.first_averaged)
         except OSError as error:
             self.report.console.warn(
                 f"averages after step {progress.step} not stored in {self.folder / SNAPSHOTS}: {error.strerror or error}; "

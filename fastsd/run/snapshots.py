@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import UserError
-from fastsd.model.formats.write import DTYPE
 from fastsd.run.checkpoint import by_average
+from fastsd.run.folder import step_of
 from fastsd.storage import TensorFile, make_folder, new_file, write_safetensors
 from fastsd.train.averages import Profile
-from fastsd.train.step import Step
 
 SNAPSHOTS = "snapshots"
 _PROFILES = "averages"  # key of the metadata
@@ -56,20 +55,21 @@ def path_of(run: Path, step: int) -> Path:
     return run / SNAPSHOTS / f"step-{step:08d}.safetensors"
 
 
-def write_snapshot(run: Path, train_step: Step, step: int, first_step: int) -> Path:
+def write_snapshot(run: Path, state: Mapping[str, Tensor], dtype: torch.dtype, step: int, first_step: int) -> Path:
     """Write the averages after a step of the run. Where the dtype cannot hold a number, all are written in fp32.
+
+    Args:
+        state: as `Step.average_state` returns it.
+        first_step: as for `averaged_of`.
 
     Raises:
         OSError: the disk is full or the folder is not writable.
     """
-    path, state = path_of(run, step), train_step.state_dict(optimizers=False)
+    path, tensors = path_of(run, step), {name: tensor for name, tensor in state.items() if "/" in name}
     averaged = {name: list(values) for name, values in averaged_of(state, first_step).items()}
-    dtype = DTYPE[train_step.stage.ema_snapshot_dtype]
-    emas = [component.ema for component in train_step.components.values() if component.ema is not None]
-    if any(ema.abs().max() > torch.finfo(dtype).max for ema in emas):
+    if any(tensor.abs().max() > torch.finfo(dtype).max for tensor in tensors.values()):
         dtype = torch.float32
     make_folder(path.parent)
-    tensors = {name: tensor for name, tensor in state.items() if "/" in name}
     with new_file(path) as temporary:
         write_safetensors(temporary, tensors, {_PROFILES: json.dumps(averaged)}, dtype)
     return path
@@ -95,11 +95,6 @@ def snapshots(run: Path) -> tuple[list[Snapshot], list[str]]:
         except (OSError, UserError, ValueError, KeyError, TypeError):
             problems.append(f"{path} is damaged and left out; the average will be less exact")
     return complete, problems
-
-
-def step_of(path: Path) -> int:
-    """Return the step of the run after which a snapshot was written."""
-    return int(path.stem.removeprefix("step-"))
 
 
 def remove_later(run: Path, step: int) -> None:

@@ -91,6 +91,10 @@ class GradientSums:
         """Begin the backward of a step's last micro-batch."""
         self._arrived, self._works = [0] * len(self._chunks), []
 
+    def discard(self) -> None:
+        """Forget the sums of a step that has ended with an error."""
+        self._works = None
+
     def _arrive(self, chunks: range, _: Tensor) -> None:
         if self._works is None:
             return
@@ -103,6 +107,9 @@ class GradientSums:
         """Sum what is left after the backward. Return the sum of the ranks' losses; with sharded state, this rank's loss."""
         assert self._works is not None
         assert self._expected in (None, self._arrived), "a gradient has arrived after its chunk was sent"
+        if not self._sharded:  # allocated before anything changes, so that `abandon` can follow when memory runs out here
+            numbers = torch.cat([*self._rests, loss.view(1)])
+            received = numbers.new_empty(self.ranks.world * len(numbers))
         self.early, self._expected = len(self._works), self._arrived
         for _ in self._chunks[len(self._works) :]:
             self._send()
@@ -112,8 +119,6 @@ class GradientSums:
         if self._sharded:
             self._join()
             return loss
-        numbers = torch.cat([*self._rests, loss.view(1)])
-        received = numbers.new_empty(self.ranks.world * len(numbers))
         works.append(self.ranks.gather(received, numbers))
         self.ranks.finish(works)
         self._join()

@@ -56,6 +56,16 @@ def main_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, free)
 
 
+def count_failed_allocations(device: torch.device) -> int:
+    """Count the allocations that have failed on a GPU, also those after which a library found another way.
+
+    With `deterministic = False`, cuDNN tries algorithms that need more memory than there is, and nothing is promised.
+    """
+    if device.type != "cuda" or not torch.backends.cudnn.deterministic:
+        return 0
+    return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))
+
+
 class LiveBytes(TorchDispatchMode):
     """Context manager that tracks every storage allocated on one device inside the block until it is freed.
 

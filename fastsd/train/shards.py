@@ -68,10 +68,18 @@ class Shards:
             if first < last:
                 piece[first - place.start : last - place.start].copy_(values[first - start : last - start])
 
-    def whole(self, tensors: Sequence[Tensor], *, everywhere: bool = False) -> Tensor:
-        """Gather the pieces of all ranks in main memory, on rank 0 or `everywhere`. Others get a tensor without data."""
+    def empty(self, *count: int, dtype: torch.dtype = torch.float32, everywhere: bool = False) -> Tensor:
+        """Allocate (*count, size) elements where `whole` gathers them: in main memory, or without data."""
+        return torch.empty(*count, self.size, dtype=dtype, device="cpu" if everywhere or self.ranks.main else "meta")
+
+    def whole(self, tensors: Sequence[Tensor], *, everywhere: bool = False, out: Tensor | None = None) -> Tensor:
+        """Gather the pieces of all ranks in main memory, on rank 0 or `everywhere`. Others get a tensor without data.
+
+        Args:
+            out: tensor of `empty` to write to; None = a new one.
+        """
         keeps = everywhere or self.ranks.main
-        whole = torch.empty(self.size, dtype=tensors[0].dtype, device="cpu" if keeps else "meta")
+        whole = self.empty(dtype=tensors[0].dtype, everywhere=everywhere) if out is None else out
         received = tensors[0].new_empty(self.chunk)
         for chunk, piece in zip(self.chunks, tensors, strict=True):
             gathered = received[: chunk.stop - chunk.start]

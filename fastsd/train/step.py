@@ -27,6 +27,7 @@ from fastsd.train.checksums import bit_sum
 from fastsd.train.flow import Teacher, objective_of
 from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.graph import Graphs
+from fastsd.train.memory import count_failed_allocations
 from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
 from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
 from fastsd.train.schedule import ema_decay, learning_rate
@@ -239,7 +240,9 @@ class Step:
         images_here = len(inputs.positions_B)
         count = images_here * self.ranks.world
         total = torch.zeros((), device=self.device)
-        failed_allocations = self._count_failed_allocations()
+        failed_allocations = count_failed_allocations(self.device)
+        if self._sums:
+            self._sums.discard()
         for arena in self._arenas:
             arena.begin()
         for start in range(0, images_here, self.micro_batch_size):
@@ -262,7 +265,7 @@ class Step:
                 self._sums.begin()
             loss.backward()
             total += loss.detach()
-        if self._count_failed_allocations() > failed_allocations:
+        if count_failed_allocations(self.device) > failed_allocations:
             # cuDNN takes an algorithm with a smaller workspace then, which rounds differently, and says nothing.
             if not self._fused:
                 raise torch.OutOfMemoryError("cuDNN has no memory for the workspace of its algorithm")
@@ -270,15 +273,6 @@ class Step:
                 self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
             self._workspace_missed = True
         return self._sums.finish(total) if self._sums else total
-
-    def _count_failed_allocations(self) -> int:
-        """Count the allocations that have failed on the GPU, also those after which a library found another way.
-
-        With `deterministic = False`, cuDNN tries algorithms that need more memory than there is, and nothing is promised.
-        """
-        if self.device.type != "cuda" or not torch.backends.cudnn.deterministic:
-            return 0
-        return int(torch.cuda.memory_stats_as_nested_dict(self.device).get("num_ooms", 0))
 
     def _touch_weights(self) -> None:
         self._weights_touched = self._graphs is None or not self._graphs.capturing
@@ -351,16 +345,21 @@ class Step:
         """
         for component in self.components.values():
             component.collect_lows()
-            component.collect_averages()
         state = {"skipped": self.skipped} if optimizers else {}
         for name, optimizer in self.optimizers.items() if optimizers else ():
             component = self.components[name]
             whole = {"whole": component.shards.whole} if component.shards else {}
             tensors = flat_state(optimizer, component.names, component.layout.views, **whole)
             state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
+        return state | self.average_state()
+
+    def average_state(self) -> dict[str, Tensor]:
+        """Return what `state_dict` has of the averages, without the rest. With sharded state, all ranks call this together."""
+        state = self.powers.state(self.stage.averages) if self.powers else {}
         for name, component in self.components.items():
+            component.collect_averages()
             state |= {f"{name}@{key}": tensor for key, tensor in component.ema_state().items()}
-        return state | (self.powers.state(self.stage.averages) if self.powers else {})
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the state bit by bit. Without EMA weights in `state`, those of the step stay as they are."""

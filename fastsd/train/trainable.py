@@ -289,8 +289,11 @@ class TrainableComponent:
     def collect_averages(self, *, everywhere: bool = False) -> None:
         """Gather the EMAs in the same way, unless that has been done."""
         if self.shards and self.pieces_ema and (self.ema is None or everywhere > self._average_everywhere):
-            pieces_K = zip(*self.pieces_ema, strict=True)
-            self.ema = torch.stack([self.shards.whole(shares, everywhere=everywhere) for shares in pieces_K])
+            self.ema = None  # freed before the memory for all ranks' copies is allocated
+            ema = self.shards.empty(len(self.averages), everywhere=everywhere)
+            for flat, *shares in zip(ema, *self.pieces_ema, strict=True):
+                self.shards.whole(shares, everywhere=everywhere, out=flat)
+            self.ema = ema
             self._average_everywhere = everywhere
 
     def drop_collected(self) -> None:

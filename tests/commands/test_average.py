@@ -127,7 +127,10 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(finished, copy, tmp_p
     rewind(copy, 8)
     for later in (copy / "snapshots").glob("*-0000001[024].safetensors"):
         later.write_bytes(b"what a changed run has left")
+    best = copy / "snapshots" / "step-best.safetensors"
+    best.write_bytes(b"a file of the user")
     run(path, f"run={copy}", LENGTHS, "stage.one.ema_snapshots=12", *LIGHT)
+    best.unlink()  # it is still there
     assert same(final(copy), final(finished))
     files = [sorted((folder / "snapshots").iterdir()) for folder in (copy, finished)]
     assert [file.name for file in files[0]] == [file.name for file in files[1]]

@@ -208,7 +208,7 @@ class Run:
             sharded=False,
             stage=SimpleNamespace(keep_checkpoints=2),
         )
-        self.step.state_dict = partial(Step.state_dict, self.step)
+        self.step.state_dict, self.step.average_state = (partial(f, self.step) for f in (Step.state_dict, Step.average_state))
         monkeypatch.setattr(checkpoint, "save", self.save_files)
         monkeypatch.setattr(checkpoint, "retain", lambda *arguments: self.retained.append(arguments[1:]))
         monkeypatch.setattr(checkpoint, "load_state", lambda path: {"from": path.name})
@@ -249,6 +249,24 @@ def test_requested_checkpoints_are_kept_and_the_next_stage_finds_its_state(tmp_p
     assert run.save(2, 9, done=True)
     assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the last stage may be extended
     assert run.kept == [3] and run.retained[-1] == (2, set())
+
+
+def test_state_that_changes_with_the_next_step_is_copied_for_the_thread(tmp_path, monkeypatch):
+    """With sharded state, only what was gathered for the checkpoint is written as it is."""
+    state = {
+        "unet|m/w": torch.zeros(2),
+        "unet@ema-0.1/w": torch.zeros(2),
+        "unet|d": torch.zeros(()),
+        "skipped": torch.zeros(()),
+    }
+    state |= {"ema-0.1@steps": torch.zeros(3)[1]}
+    commit(tmp_path / "checkpoints", 1)
+    run, written = Run(tmp_path, monkeypatch), []
+    run.saving.changed, run.step.sharded, run.step.state_dict = set(), True, lambda **_: state
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **_: written.append(args[5]) or args[0] / name_of(args[1].step))
+    assert run.save(0, 3)
+    shared = {name for name, tensor in state.items() if written[0][name].data_ptr() == tensor.data_ptr()}
+    assert shared == {"unet|m/w", "unet@ema-0.1/w"}
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"null", b"[1]", b"\xff"])

@@ -54,8 +54,9 @@ CASES = {
     ],
     "lora": ['stage.train=["lora"]', "model.lora={rank=2, text_encoder=true}", "stage.optimizer=adamw", "stage.lr=1e-3"],
     "sharded": [
-        "stage.precision=bf16", "stage.shard_state=true", "stage.ema=0.9", "sample.weights=ema", "validate.held_out=4",
-        "validate.every=2", 'stage.train=["unet", "text_encoder"]', "stage.grad_clip=0.5", "stage.canary_every=2",
+        "stage.precision=bf16", "stage.shard_state=true", "stage.ema={ sigma_rel = [0.1, 0.2] }", "stage.ema_snapshots=4",
+        "sample.weights=ema", "validate.held_out=4", "validate.every=2", 'stage.train=["unet", "text_encoder"]',
+        "stage.grad_clip=0.5", "stage.canary_every=2",
     ],
     "buckets": ["stage.optimizer=lion", "stage.lr=3e-6", "data.resolution=32", "data.buckets={ min = 16, max = 64, step = 8 }"],
 }  # fmt: skip
@@ -114,17 +115,20 @@ def test_any_number_of_ranks_writes_the_same_files(tmp_path, jobs):
         alone, two = tmp_path / "one" / name, tmp_path / "two" / name
         assert inputs(alone) == inputs(two)
         torch.testing.assert_close(final(two), final(alone), rtol=1e-5, atol=1e-5)
+        assert checkpoint_steps(two) == [2, 4]
+        assert sorted(file.name for file in alone.rglob("*")) == sorted(file.name for file in two.rglob("*"))
         if name == "sharded":  # d, in fp64, may differ in its last bits
             exact = [{key: t for key, t in final(run).items() if t.dtype != torch.float64} for run in (alone, two)]
             assert same(*exact) and rows_of(alone, "validation.jsonl") == rows_of(two, "validation.jsonl")
+            snapshots = [sorted((run / "snapshots").iterdir()) for run in (alone, two)]
+            assert [len(files) for files in snapshots] == [4, 4]
+            assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*snapshots, strict=True))
             continue
         # In the others, matmuls add to the sums before they have added up their own rows: with few columns, or many rows.
         if name not in ("lora", "buckets"):
             assert same(final(alone), final(two)) and rows_of(alone) == rows_of(two)
             assert shown(alone) == shown(two)
-        assert checkpoint_steps(two) == [2, 4]
-        assert sorted(file.name for file in alone.rglob("*")) == sorted(file.name for file in two.rglob("*"))
-    assert text.count("samples: ") == len(cases) + 2 and text.count("validation at step") == 6  # by rank 0 only
+    assert text.count("samples: ") == len(cases) + 3 and text.count("validation at step") == 6  # by rank 0 only
     assert len(shown(tmp_path / "two/dlion")) == 1 + 3
 
 

@@ -6,6 +6,7 @@ import platform
 import socket
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from fastsd.data.loader import Batch
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
 from fastsd.train import shards
+from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.ranks import ALONE, Ranks, check_stage, joined_ranks, local_device, ranks_of
 from fastsd.train.step import Step
+from fastsd.train.trainable import Layout
 from fastsd_kernels import TRITON
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -147,6 +150,55 @@ def run_out_of_memory(model: str, output: str, size: str) -> None:
         torch.save(
             [tensor for role in ("weights", "state") for tensor in step.tensors_by_role()[role]], f"{output}-{ranks.rank}"
         )
+
+
+class OneRank:
+    """The connections of one rank with itself. They count what is sent."""
+
+    rank, world, local_world = 0, 1, 1
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def gather(self, received: torch.Tensor, tensor: torch.Tensor) -> None:
+        self.sent += 1
+        received.copy_(tensor)
+
+    exchange = gather
+
+    def finish(self, works: list) -> None:
+        pass
+
+
+def test_sums_of_a_step_that_ends_with_an_error(monkeypatch):
+    """They leave nothing behind, and memory that runs out at their end costs no exchange that other ranks wait for."""
+    weight, ranks = torch.nn.Parameter(torch.ones(4)), OneRank()
+    layout = Layout([weight])
+    arena = SimpleNamespace(flat=torch.zeros(layout.size))
+    sums = GradientSums(ranks, [SimpleNamespace(gradients=arena, shards=None, weights=[weight], layout=layout)])
+    sums.begin()
+    weight.sum().backward()
+    assert sums.finish(torch.full((), 2.0)) == 2 and sums.early == 0
+    sent_in_a_step = ranks.sent
+
+    sums.begin()
+    sums.discard()
+    weight.sum().backward()  # of a micro-batch that is not the last
+    assert ranks.sent == sent_in_a_step
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    sums.begin()
+    weight.sum().backward()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "cat", full)
+        sums.finish(torch.zeros(()))
+    sums.abandon()
+    assert ranks.sent == 2 * sent_in_a_step
+    sums.begin()
+    weight.sum().backward()
+    assert sums.finish(torch.full((), 3.0)) == 3 and sums.early == 1
 
 
 def test_all_ranks_take_a_smaller_micro_batch_when_one_runs_out_of_memory(tmp_path):
