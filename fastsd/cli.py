@@ -329,7 +329,7 @@ def swap_vae(
 
 @app.command(epilog=EXAMPLES["average"])
 def average(source: args.AveragedRun, sigma_rel: args.SigmaRel, out: args.AverageFolder = None) -> None:
-    """Make an average of the weights of any length from the snapshots of a run."""
+    """Average weights over any length from a run's snapshots."""
     from fastsd.commands.average import average
 
     average(source, sigma_rel, out)

@@ -23,7 +23,7 @@ EXAMPLES = {
         "cache configs/xlsd.toml",
         "cache configs/xlsd.toml --verify",
         "cache configs/xlsd.toml --machine node-1",
-        "cache configs/xlsd.toml --audit --against stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "cache configs/xlsd.toml --audit --against stabilityai/sd-vae-ft-mse",
     ),
     "sample": examples(
         'sample runs/xlsd --prompt "a red fox in the snow"',
@@ -67,11 +67,11 @@ EXAMPLES = {
     ),
     "swap-vae": examples(
         "swap-vae base.safetensors stabilityai/sdxl-vae start --images photos",
-        "swap-vae base.safetensors flux-vae start --images photos --normalise cache",
+        "swap-vae base.safetensors flux-vae start --normalise cache",
     ),
     "average": examples(
         "average runs/xlsd --sigma-rel 0.07",
-        "average runs/xlsd/checkpoints/step-00500000 --sigma-rel 0.07 --out half",
+        "average runs/xlsd/checkpoints/step-00500000 --sigma-rel 0.07",
     ),
     "convert": examples(
         "convert runs/xlsd xlsd.safetensors --dtype fp16",

@@ -147,7 +147,7 @@ def test_every_page_is_read():
 
 def test_every_block_is_of_a_known_kind():
     kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
-    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 23, "toml": 5, "python": 2}
+    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 27, "toml": 5, "python": 2}
     assert {block.split()[0] for block in all_blocks("figure")} == FIGURES.keys()
 
 
@@ -297,7 +297,7 @@ def test_commands_of_the_pages_run_in_their_order(world, monkeypatch, capsys):
     monkeypatch.chdir(world.folder)
     lines = [line.strip() for page in PAGES for block in blocks(page) if kind(block) == "shell" for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("fastsd ") and " ".join(line.split()[:2]) not in NOT_RUN]
-    assert len(lines) == 31
+    assert len(lines) == 35
     for line in lines:
         if "runs/a" in line and not Path("runs/a").exists():
             for name in ("a", "b"):

@@ -102,10 +102,14 @@ def unet_jobs(model: Model, target: int) -> Iterator[None]:
 def update_jobs(model: Model) -> Iterator[None]:
     """Run the updates of each optimizer with all options, and the kinds of noise."""
     modes = {"batch": 2, "micro_batch": 2}, {"batch": 2, "micro_batch": 1}, {"batch": 2, "fused_backward": True}
-    for optimizer, precision, mode, ema in itertools.product(("lion", "dlion", "adamw"), ("fp32", "bf16"), modes, (0.0, 0.9)):
-        for clip in (0.0,) if "fused_backward" in mode else (0.0, 1.0):
+    two, four = ({"sigma_rel": [0.05, 0.1, 0.15, 0.2][:count]} for count in (2, 4))
+    averages = (0.0, 0.0), (0.0, 1.0), (0.9, 0.0), (0.9, 1.0), (two, 0.0), (four, 1.0)  # ema, and the norm to which is clipped
+    optimizers = ("lion", "dlion", "adamw")
+    for optimizer, precision, mode, (ema, clip) in itertools.product(optimizers, ("fp32", "bf16"), modes, averages):
+        if not (clip and "fused_backward" in mode):
             yield train(model, 89, optimizer=optimizer, precision=precision, ema=ema, grad_clip=clip, **mode)
-    yield train(model, 89, 3, "v_prediction")
+    for prediction in ("v_prediction", "flow_prediction"):
+        yield train(model, 89, 3, prediction)
     yield train(model, 89, 3, noise_offset=0.1, pyramid_noise=0.3, input_perturbation=0.1, immiscible=2)
 
 
