@@ -225,16 +225,15 @@ class Machine:
                 )
         with disk_errors(folder):
             users_lock = (folder / "machines" / f"{name}.lock").open("a+b")
-        with users_lock as users, beats.beating(name):
-            with _alone_in(folder / "machines" / f"{name}.join", notify):
-                exchange = results.current(folder / "exchange", view)
-                machine = cls(folder, name, exchange, beats, notify)
-                machine._copied = results.seed(folder, machine.home, exchange.name)
-                lock_file(users, exclusive=False)
-            try:
+        with users_lock as users, contextlib.ExitStack() as ends:
+            with beats.beating(name):
+                with _alone_in(folder / "machines" / f"{name}.join", notify):
+                    exchange = results.current(folder / "exchange", view)
+                    machine = cls(folder, name, exchange, beats, notify)
+                    machine._copied = results.seed(folder, machine.home, exchange.name)
+                    lock_file(users, exclusive=False)
+                ends.callback(machine._leave, users)  # after the last beat, which would overwrite the end
                 yield machine
-            finally:
-                machine._leave(users)
 
     def _leave(self, users: Any) -> None:
         """End the beat, if this is the machine's last process. Delete what a finished build no longer needs."""
@@ -294,8 +293,10 @@ class Machine:
         """Return True if this machine makes a result: it holds the lease, or creates it, or takes it over from a lost one."""
         for attempt in range(sys.maxsize):
             holder = self.results.lease(result, attempt)
+            if self.results.has_lease(result, attempt + 1):  # it was taken from this holder, perhaps from this machine
+                continue
             if holder == self.name:
-                return not self.results.has_lease(result, attempt + 1)  # otherwise it was taken from this machine
+                return True
             if not self.beats.is_lost(holder):
                 return False
         raise AssertionError("a result has as many lost machines as Python can count")

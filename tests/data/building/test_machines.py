@@ -284,6 +284,30 @@ def test_a_machine_waits_for_what_another_makes(tmp_path):
     assert says("\n".join(lines), "another-machine", step="view") and done == ["first"]
 
 
+def test_a_result_is_taken_over_again_and_again(tmp_path):
+    """A machine that lost a lease makes the result again, if the machine that took it has stopped too."""
+    for name in "aba":
+        with joined(tmp_path / "cache", name, "view", print) as machine:
+            assert machine._lease("facts-1")
+            with joined(tmp_path / "cache", "other", "view", print) as other:
+                assert not other._lease("facts-1") and machine._lease("facts-1")
+
+
+def test_no_beat_follows_the_end(tmp_path, monkeypatch):
+    """The last beat must not overwrite the end, or others wait for a machine that has stopped."""
+    beating = []
+
+    def end(this, name, original=Beats.end):
+        beating.extend(thread for thread in threading.enumerate() if thread.name == "fastsd-beat")
+        original(this, name)
+
+    monkeypatch.setattr(Beats, "end", end)
+    for name in ("a", ""):
+        with joined(tmp_path / "cache", name, "view", print):
+            pass
+    assert not beating and Beats(tmp_path / "cache/machines").has_ended("a") and Beats(tmp_path / "cache").has_ended("alone")
+
+
 def test_two_machines_have_two_names(tmp_path, monkeypatch):
     draw_many(tmp_path, 4)
     lines = []
