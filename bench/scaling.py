@@ -114,7 +114,7 @@ def _row(images: int, name: str, cluster: Cluster) -> dict[str, Any]:
     plan, card = planned(cluster, images), CARDS[name]
     times = plan.step_times(card, images)
     row = {"gpus": cluster.gpus, "machines": cluster.machines, "connection": cluster.text, "card": card.name, "images": images}
-    row |= {"efficiency": list(times.efficiency), "waits": [times.fastest.exposed, times.slowest.exposed]}
+    row |= {"efficiency": list(times.efficiency), "waits": list(times.waits)}
     others = [simulated(plan, card, images, fast=fast) for fast in (True, False)]
     return row | {"error": [times.fastest.seconds / others[0] - 1, times.slowest.seconds / others[1] - 1]}
 

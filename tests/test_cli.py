@@ -245,6 +245,9 @@ def test_one_of_torchruns_processes_prints_an_error_of_all(run, tmp_path, monkey
     code, _, err = run("lr-probe", "job.toml")
     assert code == 2 and says(err, "ranks-command", command="lr-probe", ranks=2)
     assert "btach" in run("cache", tmp_path / "job.toml")[2]  # which several processes share
+    for option in ("--verify", "--prune", "--stats", "--audit"):
+        code, _, err = run("cache", tmp_path / "job.toml", option)
+        assert code == 2 and says(err, "ranks-command", command=f"cache {option}", ranks=2)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])

@@ -21,7 +21,8 @@ from fastsd.errors import UserError
 
 _LATER = 2.0  # seconds
 INSTANT = {"config"}  # commands that import nothing that takes long
-PARALLEL = {"train", "cache"}  # commands that several processes of torchrun share
+PARALLEL = {"train", "cache"}  # commands that several processes of torchrun share, except for these options:
+ALONE = {"cache": ("verify", "prune", "stats", "audit")}
 
 
 class Precision(StrEnum):
@@ -86,10 +87,13 @@ def _with_first_line(name: str, subject: str, callback: Callable[..., Any]) -> C
     @wraps(callback)
     def run(**values: Any) -> Any:
         with told_once():
-            if name not in PARALLEL and "TORCHELASTIC_RUN_ID" in os.environ and (ranks := _ranks()) != "1":
+            alone = [f"{name} --{option}" for option in ALONE.get(name, ()) if values[option]]
+            if name not in PARALLEL:
+                alone = [name]
+            if alone and "TORCHELASTIC_RUN_ID" in os.environ and (ranks := _ranks()) != "1":
                 raise UserError(
                     "ranks-command",
-                    f"{name} runs in one process, but torchrun has started {ranks}; start it without torchrun",
+                    f"{alone[0]} runs in one process, but torchrun has started {ranks}; start it without torchrun",
                 )
         value = values[subject] or ""
         words = [name, *map(str, value if isinstance(value, list) else [value])]
@@ -106,7 +110,7 @@ def shows_progress() -> bool:
 
     Without WORLD_SIZE, other variables of torchrun were left by something else.
     """
-    return _ranks() == "1" or os.environ.get("RANK", "0") == "0"
+    return is_alone() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -118,13 +122,18 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if _ranks() == "1" or os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_alone() or os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         import time
 
         with suppress(KeyboardInterrupt):  # torchrun has noticed that the first rank has ended
             time.sleep(_LATER)
         raise typer.Exit(2) from None
+
+
+def is_alone() -> bool:
+    """Return True if torchrun has started no other processes."""
+    return _ranks() == "1"
 
 
 def _ranks() -> str:

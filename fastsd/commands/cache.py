@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastsd.commands.arguments import shows_progress
+from fastsd.commands.arguments import is_alone, shows_progress
 from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
 from fastsd.data.building import build, lists, upkeep
@@ -51,7 +51,7 @@ def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build
     Raises UserError as `build_cache` does.
     """
     data = config.data
-    if not shows_progress():  # the summary is the same on all ranks
+    if not shows_progress():  # the first rank tells of the whole cache, and of its own part
         console = Console(quiet=True, force_terminal=False)
     with work("listing data.folders"):
         next(folders.scan_for(data), None)  # report a wrong folder before a model is loaded
@@ -91,10 +91,11 @@ def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build
         division.finish()
     seconds = time.perf_counter() - start_time
 
-    console.echo(
-        f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
-        f"{counts.latents - counts.encoded} already cached ({seconds:.1f} s)"
-    )
+    present = counts.latents - counts.encoded
+    parts = f"{counts.encoded} encoded now, {present} already cached"
+    if name or not is_alone():
+        parts = f"{counts.encoded} encoded by this process, {present} by others or before"
+    console.echo(f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {parts} ({seconds:.1f} s)")
     if counts.encoded:
         rates = ", ".join(f"{step} {rate:.1f} img/s" for step, rate in counts.rates.items())
         console.echo(f"speed of each pipeline step alone: {rates}")

@@ -13,7 +13,6 @@ Shapes: V VAEs, N images.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -52,9 +51,6 @@ def check_options(others: Sequence[str], against: str, worst: int | None, *, aud
         raise UserError("audit-with-others", f"--audit is given with {', '.join(others)}; give one of them at a time")
     if worst is not None and not 1 <= worst <= MOST_SHOWN:
         raise UserError("audit-worst", f"--worst is {worst}; give the number of images to show, 1 to {MOST_SHOWN}")
-    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-        problem = f"cache --audit runs in one process, but torchrun has started {ranks}"
-        raise UserError("ranks-command", f"{problem}; start it without torchrun")
 
 
 def audit(config: Config, against: str = "", worst: int = SHOWN, console: Console = STDOUT) -> Path:

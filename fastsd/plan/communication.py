@@ -127,12 +127,14 @@ def arrival(messages: Iterable[tuple[float, float]]) -> float:
 class StepTimes(NamedTuple):
     """A step predicted at both ends: the fewest seconds on the fastest connection, and the most on the slowest.
 
-    `efficiency` is (least, highest): of the fewest seconds of computation on the slowest connection, and the other way round.
+    Less computation on a slower connection leaves more to wait for. So `efficiency`, (least, highest), and `waits` in seconds,
+    (least, most), combine the fewest seconds of computation with the slowest connection, and the most with the fastest.
     """
 
     fastest: StepTime
     slowest: StepTime
     efficiency: tuple[float, float]
+    waits: tuple[float, float]
 
     @classmethod
     def of(
@@ -150,8 +152,9 @@ class StepTimes(NamedTuple):
         def predicted(slow: int, *, fast: bool) -> StepTime:
             return waited(compute[slow], [pair[slow] for pair in pairs], events, cluster, fast=fast)
 
-        efficiency = predicted(0, fast=False).efficiency, predicted(1, fast=True).efficiency
-        return cls(predicted(0, fast=True), predicted(1, fast=False), efficiency)
+        worst, best = predicted(0, fast=False), predicted(1, fast=True)
+        ranges = (worst.efficiency, best.efficiency), (best.exposed, worst.exposed)
+        return cls(predicted(0, fast=True), predicted(1, fast=False), *ranges)
 
 
 def waited(

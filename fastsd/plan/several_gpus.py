@@ -24,7 +24,7 @@ def describe_ranks(
     entry: dict[str, Any] = {"gpus": cluster.gpus, "machines": cluster.machines, "images": images, "messages": len(messages)}
     early = sum(message.sent_bytes(cluster.gpus) for message in messages if message.hidden)
     entry |= {"sent": sum(message.sent_bytes(cluster.gpus) for message in messages), "sent_early": early}
-    entry["waits"] = {card: [time.fastest.exposed, time.slowest.exposed] for card, time in times.items()}
+    entry["waits"] = {card: list(time.waits) for card, time in times.items()}
     return entry | {"efficiency": {card: list(time.efficiency) for card, time in times.items()}}
 
 

@@ -315,9 +315,6 @@ def test_bad_input(data, other_vae, tiny_model, tmp_path, monkeypatch):
     refuses("cache-resolution", *words, "data.resolution=24", component="VAE of --against", size=24, step=16)
     data.run("cache", *words, "data.resolution=32")
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refuses("ranks-command", "--audit", ranks=2)
-    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(Vae, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     refuses("audit-memory", "--audit", "data.resolution=48", width=48, height=48)
 

@@ -237,6 +237,19 @@ def test_steps_wait_for_what_is_sent_after_the_update():
     assert 0 < times.efficiency[0] < times.efficiency[1] < 1
 
 
+def test_a_step_waits_longer_for_a_slower_connection():
+    """The least and the most of the waits, also where computation hides messages and its fewest seconds hide less."""
+    cluster, card = Cluster(2, 1, LOCAL), CARDS["4090"]
+    work = Counter({Operation("pass", "GEGLU", 0, 10**9, 1, narrow=True): 10})
+    compute = step_seconds(work, card, "bf16")
+    size = int(2 * compute[0] * 1e9 * LOCAL.high)  # sent in a time between those of the backward
+    segments = [Segment(Counter(), Message("all_to_all_single", size, True)), Segment(work, Wait())]
+    times = StepTimes.of(compute, segments, card, "bf16", cluster)
+    message = segments[0].event
+    expected = [message.seconds(cluster, fast=fast) - compute[fast] for fast in (True, False)]
+    assert times.waits == pytest.approx([max(0.0, seconds) for seconds in expected]) and times.waits[0] < times.waits[1]
+
+
 def test_links_are_found_by_names_and_rates():
     for text in ("pcie4", "PCIe 4.0", "pcie-4", "pcie"):
         assert find_link(text, "--interconnect") == LINKS["pcie4"]
@@ -299,7 +312,8 @@ def test_plan_tells_what_several_gpus_change(tmp_path, tiny_model, images, monke
     # The gradients once for each direction, and a few elements that wait for the end.
     assert ranks["sent"] == pytest.approx(entry["memory"]["gradients"], rel=0.01)
     least, highest = ranks["efficiency"]["RTX 4090"]
-    assert 0 < least <= highest < 1 and all(seconds > 0 for seconds in ranks["waits"]["RTX 4090"])
+    shortest, longest = ranks["waits"]["RTX 4090"]
+    assert 0 < least <= highest < 1 and 0 < shortest <= longest
     assert says(out, "plan-data") and max(map(len, out.splitlines())) <= 120
     data = report["data"]
     assert data["cache"]["12000000"] == 12_000_000 * data["bytes_an_image"]

@@ -353,4 +353,5 @@ def test_torchrun_fills_a_cache_and_one_rank_tells_of_it(tmp_path, tiny_model):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastsd", "cache", str(path)]
     process = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("images cached in") == 1 and stats(load_config(path).cache.dir).latents == 12
+    assert process.stdout.count("images cached in") == 1 and says(process.stdout, "images-cached-together", cached=12)
+    assert stats(load_config(path).cache.dir).latents == 12
