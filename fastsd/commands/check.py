@@ -25,6 +25,7 @@ from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.plan.disk import run_bytes
+from fastsd.run.export import check_export
 from fastsd.run.license import license_note
 from fastsd.run.restart import saved_splits
 from fastsd.run.training_data import rare_shapes
@@ -70,6 +71,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
         attempt("cache", lambda: _cache(config, models[0], images_per_epoch, notes, warnings))
         if all(is_cached) and (config.validate_.held_out or config.validate_.stabilised):
             attempt("validation", lambda: _validation(config, models[0], images_per_epoch))
+        attempt("export", lambda: _export(config, models[0]))
         attempt("samples", lambda: _samples(models[0], config, warnings))
     for i in range(len(config.stage)):
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch, warnings))
@@ -112,6 +114,11 @@ def _model(config: Config, models: list[Model]) -> str:
         build.check_resolution(config, step, component="UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE {model.vae.latent_space}"
+
+
+def _export(config: Config, model: Model) -> str:
+    check_export(config, model)
+    return "a diffusers folder" + (f" and a single file in {config.export.dtype}" if config.export.single_file else "")
 
 
 def _samples(model: Model, config: Config, warnings: list[str]) -> str:

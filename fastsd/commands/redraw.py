@@ -215,7 +215,9 @@ class _Redrawer:
 
     def draw(self, numbers_B: np.ndarray, captions: list[str]) -> Tensor:
         """Return images (B, 3, 8 H, 8 W) in [-1, 1]."""
-        latents_BCHW = self.vae.scale(self.latents.get(numbers_B)["latents"].to(self.vae.device).float())
+        latents_BCHW = self.latents.get(numbers_B)["latents"].to(self.vae.device).float()
+        if self.model is None or self.start is not None:  # otherwise only their size is used, and they may be any VAE's
+            latents_BCHW = self.vae.scale(latents_BCHW)
         if self.model is None:
             return self.vae.decode(latents_BCHW)
         positions_B = torch.from_numpy(numbers_B).to(self.vae.device)

@@ -89,7 +89,7 @@ def swap_vae(
     Raises:
         UserError: a model does not load, the VAE does not suit the base, images are missing or too few, or `out` exists.
     """
-    _check_options(out, images, fit, vae_scaling_factor, precision)
+    _check_options(out, images, fit, vae_scaling_factor, normalise, precision)
     sources = _images(images) if images else []
     compute_device = choose_device(device, console)
     table = ModelTable(base=base, tokenizer=tokenizer)
@@ -160,7 +160,9 @@ def _normalise(vae: Vae, cache_dir: Path) -> None:
     vae.set_latent_space(LatentSpace(1.0, 0.0, tuple(mean_C.tolist()), tuple(std_C.tolist())))
 
 
-def _check_options(out: Path, images: Path | None, fit: str, vae_scaling_factor: float | None, precision: str) -> None:
+def _check_options(
+    out: Path, images: Path | None, fit: str, vae_scaling_factor: float | None, normalise: Path | None, precision: str
+) -> None:
     check_folder_name(out)
     if out.exists():
         raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")
@@ -172,6 +174,11 @@ def _check_options(out: Path, images: Path | None, fit: str, vae_scaling_factor:
         raise UserError("swap-precision", f"--precision is {precision!r}; choose fp32 or bf16")
     if vae_scaling_factor is not None and not vae_scaling_factor > 0:
         raise UserError("swap-scaling-factor", f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
+    if vae_scaling_factor is not None and normalise:
+        raise UserError(
+            "swap-normalise-and-factor",
+            "--normalise and --vae-scaling-factor are given, and the first replaces the factor; omit --vae-scaling-factor",
+        )
 
 
 def _describe(record: Mapping[str, Any]) -> str:

@@ -307,6 +307,7 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Config:
+        text_stage = ""  # the first that trains the text encoder
         for i, stage in enumerate(self.stage):
             name = self.stage_name(i)
             if "lora" in stage.train and self.model.lora is None:
@@ -314,8 +315,11 @@ class Config(Table):
             if stage.state == "carry" and i == 0:
                 raise ValueError(f'stage {name!r} has state = "carry" and is the first; remove state')
             adapts_text = "lora" in stage.train and self.model.lora is not None and self.model.lora.text_encoder
-            if stage.teacher and ("text_encoder" in stage.components or adapts_text):
-                raise ValueError(f"stage {name!r} has a teacher and trains the text encoder, which it reads; use two stages")
+            text_stage = text_stage or (name if "text_encoder" in stage.components or adapts_text else "")
+            if stage.teacher and text_stage:
+                raise ValueError(
+                    f"stage {name!r} has a teacher, and stage {text_stage!r} trains the text encoder; put the teacher before it"
+                )
             for key in ("optimizer", "betas", "train") if stage.state == "carry" else ():
                 previous, current = getattr(self.stage[i - 1], key), getattr(stage, key)
                 if previous != current:

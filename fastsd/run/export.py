@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
+from fastsd.errors import UserError
 from fastsd.model.formats.adapters import Averages, write_lora_file
 from fastsd.model.formats.model_source import ModelSource, read_component
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of
@@ -26,6 +27,17 @@ from fastsd.run.model_card import last_samples, summarize, write_card
 from fastsd.storage import new_file, remove_folder
 from fastsd.terminal.console import Console
 from fastsd.terminal.texts import WARNING, size_text
+
+
+def check_export(config: Config, model: Model) -> None:
+    """Raise UserError if the config's single file could not hold the model's VAE."""
+    space, table = model.vae.latent_space, config.export
+    if table.single_file and not table.fold and not space.is_scaled_only:
+        raise UserError(
+            "export-fold-shift",
+            f"export.fold is false, and the VAE has {space}, which no loader of single files reads; set export.fold = true or "
+            "export.single_file = false",
+        )
 
 
 def export_newest(config: Config, model: Model, console: Console) -> Path:

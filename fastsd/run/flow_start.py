@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-FAR = 0.1  # of the images' deviation
+FAR, FLAT = 0.1, 0.25  # of the images' deviation
 
 Moments = Sequence[Sequence[Sequence[float]]]  # of n images: the means and the mean squares of their channels
 
@@ -56,14 +56,26 @@ def start_text(start: Mapping[str, Sequence[float]]) -> str:
 
 
 def colour_warning(start: Mapping[str, Sequence[float]]) -> str:
-    """Return a sentence if the mean of a channel is further from the images' than `FAR` and two standard errors, or ""."""
+    """Return a sentence if samples start with one colour, or "".
+
+    The mean of a channel is then further from the images' than `FAR` and two standard errors, or its deviation is below `FLAT`
+    of theirs: latents with mean 0, such as normalised ones, show grey only in their deviation.
+    """
+    advice = (
+        '; train on, and if it stays, with timestep_shift = 3.0 or, unless the base is a flow, a stage with teacher = "base"'
+    )
     off = [abs(a - b) - 2 * error for a, b, error in zip(start["mean"], start["data_mean"], start["error"], strict=True)]
     shares = [excess / deviation if deviation else 0.0 for excess, deviation in zip(off, start["data_deviation"], strict=True)]
     c = max(range(len(shares)), key=shares.__getitem__)
-    if shares[c] <= FAR:
-        return ""
-    return (
-        f"from pure noise, the mean of latent channel {c} is {start['mean'][c]:.2f} and that of the same images "
-        f"{start['data_mean'][c]:.2f}, so samples lean towards one colour; train on, with timestep_shift = 3.0 or a stage with "
-        'teacher = "base" if it stays'
-    )
+    if shares[c] > FAR:
+        return (
+            f"from pure noise, the mean of latent channel {c} is {start['mean'][c]:.2f} and that of the same images "
+            f"{start['data_mean'][c]:.2f}, so samples lean towards one colour{advice}"
+        )
+    for c, (deviation, expected) in enumerate(zip(start["deviation"], start["data_deviation"], strict=True)):
+        if deviation < FLAT * expected:
+            return (
+                f"from pure noise, the deviation of latent channel {c} is {deviation:.2f} and that of the same images "
+                f"{expected:.2f}, so samples are close to one colour{advice}"
+            )
+    return ""

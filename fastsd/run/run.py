@@ -22,6 +22,7 @@ from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import CostRecorder
 from fastsd.run.evaluation import Evaluation
+from fastsd.run.export import check_export
 from fastsd.run.folder_changes import noticed_changes
 from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
@@ -127,6 +128,7 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
 
         model = _load_model(config, ops, newest)
         warnings += model.notes
+        check_export(config, model)
         check_samples(model, config)
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
         with work("opening the cache"):

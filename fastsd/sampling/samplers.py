@@ -57,6 +57,7 @@ def make_sampler(name: str, config: dict[str, Any], steps: int, device: torch.de
     if is_flow(config):
         scheduler = scheduler_class(num_train_timesteps=timesteps_of(config), **sampler_options(name, config))
         scheduler.set_timesteps(steps, device=device)
+        scheduler.set_begin_index(0)  # not searched by timestep: many steps with a shift have some timesteps twice
         return scheduler
     scheduler = scheduler_class.from_config(config, **sampler_options(name, config))
     total = scheduler.config.num_train_timesteps

@@ -153,6 +153,8 @@ def test_bad_input_gets_one_sentence(tmp_path, tiny_model, vaes, images, monkeyp
     assert_refused("swap-few-positions", *with_images, "--resolution", "4", "--limit", "8", positions=24, minimum=37)
     assert_refused("swap-precision", tiny_model, other, out, "--precision", "tf32", precision="'tf32'")
     assert_refused("swap-scaling-factor", tiny_model, other, out, "--vae-scaling-factor", "0", factor=0)
+    both = ("--vae-scaling-factor", "0.3", "--normalise", tmp_path)
+    assert_refused("swap-normalise-and-factor", tiny_model, other, out, *both)
     (tmp_path / "file").touch()
     assert_refused("swap-unwritable", tiny_model, other, tmp_path / "file" / "x", reason="Not a directory")
     assert "'abacus'" in assert_refused("device-unavailable", *with_images, "--device", "abacus")

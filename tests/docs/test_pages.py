@@ -269,7 +269,13 @@ class World:
             "BASE": "models/tiny",
             "FOLDER": "models/tiny/tokenizer",
         }
-        for text, replacement in {"[--start T]": "--start 100", "[xl.toml]": "", "768": "32", "512": "16"}.items():
+        for text, replacement in {
+            "[--start T]": "--start 100",
+            "[xl.toml]": "",
+            "768": "32",
+            "512": "16",
+            "--gpus 8": "--gpus 2",
+        }.items():
             line = line.replace(text, replacement)
         words = command_of(line)
         quick = {"lr-probe": ["--steps", "40"], "swap-vae": ["--resolution", "32"]}.get(words[1], [])

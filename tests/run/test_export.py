@@ -7,6 +7,7 @@ import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ from fastsd.config.schema import load_config
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_single_file
+from fastsd.model.latent_space import LatentSpace
 from fastsd.plan.disk import export_bytes
 from fastsd.run import checkpoint
 from fastsd.run import export as export_module
-from fastsd.run.export import bytes_of
+from fastsd.run.export import bytes_of, check_export
 from fastsd.run.model_card import public_name, summarize, untrained, write_card
 from fastsd.terminal.console import Console
 
@@ -379,3 +381,16 @@ def test_card_explains_long_captions_only_if_there_are_any(chunks, cut, window, 
     assert [name for name in names.values() if says(text, name)] == ([names[cut]] if chunks != 1 else [])
     assert says(text, "card-chunks", chunks="up to 3", window=window) == (chunks == "auto")
     assert says(text, "card-window", window=248) == (window == 248)
+
+
+def test_a_shifted_vae_that_is_not_folded_is_refused_before_training():
+    def check(space, **keys):
+        table = SimpleNamespace(**{"single_file": True, "fold": False} | keys)
+        check_export(SimpleNamespace(export=table), SimpleNamespace(vae=SimpleNamespace(latent_space=space)))
+
+    for space in (LatentSpace(0.36, 0.12), LatentSpace(1.0, 0.0, (0.1,) * 4, (0.5,) * 4)):
+        with refused("export-fold-shift", space=space):
+            check(space)
+        check(space, fold=True)
+        check(space, single_file=False)
+    check(LatentSpace(0.13))

@@ -59,6 +59,8 @@ per_band = 1
 """
 ONE = '[[stage]]\nname = "one"\ntrain = ["unet"]\nuntil = 2\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\n'
 
+TEXT = ONE.replace('"one"', '"text"').replace('"unet"', '"text_encoder"')
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_model, images):
@@ -103,7 +105,10 @@ def test_colours_of_the_start_against_numpy():
     np.testing.assert_allclose(start["error"], difference.std(0, ddof=1) / math.sqrt(5))
     warning = colour_warning(start)
     assert pattern("flow-colours").search(f"validation at step 1: {warning}")
-    assert not colour_warning(start | {"mean": start["data_mean"]})
+    same_mean = start | {"mean": start["data_mean"]}
+    assert not colour_warning(same_mean)
+    flat = same_mean | {"deviation": [start["deviation"][0], 0.2 * start["data_deviation"][1], start["deviation"][2]]}
+    assert pattern("flow-flat").search(f"validation at step 1: {colour_warning(flat)}")
 
 
 def test_runs_that_differ_in_one_key_see_the_same_noise(uninterrupted, tmp_path, tiny_model, images):
@@ -215,6 +220,10 @@ def test_settings_that_do_not_fit(uninterrupted, tmp_path, tiny_model, images):
     ):
         with pytest.raises(Exception, match=pattern(name)):
             load_config(path, keys)
+    text = job(tmp_path, tiny_model, images, TEXT + ONE.replace("until = 2", "until = 4"))
+    with pytest.raises(Exception, match=pattern("teacher-and-text-encoder")):
+        load_config(text, ["model.prediction=flow", "stage.one.teacher=base"])
+    load_config(text, ["model.prediction=flow", "stage.text.teacher=base", 'stage.text.train=["unet"]'])
     for key, value in (("timestep_shift", 0), ("teacher_share", 2.0)):
         with pytest.raises(Exception, match=re.escape(f"{key}")):
             load_config(path, ["model.prediction=flow", "stage.one.teacher=base", f"stage.one.{key}={value}"])

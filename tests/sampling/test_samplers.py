@@ -134,6 +134,16 @@ def test_samplers_of_flows(sampler, shift, start):
     assert (result - image).abs().max() < 0.02  # DPM++ rounds timesteps
 
 
+def test_a_flow_may_have_timesteps_twice():
+    """DPM++ rounds timesteps, so that a shift makes neighbours equal; each step is nevertheless taken once."""
+    scheduler = make_sampler("dpm++", flow_scheduler(SD15_SCHEDULER, 3.0), 600, torch.device("cpu"))
+    assert len(set(scheduler.timesteps.tolist())) < 600
+    x = torch.ones(1, 4, 2, 2)
+    for t in scheduler.timesteps:
+        x = scheduler.step(x / scheduler.sigmas[scheduler.step_index or 0], t, x).prev_sample
+    assert scheduler.step_index == 600 and x.abs().max() < 0.01
+
+
 @pytest.mark.parametrize("steps", [500, 501])
 def test_the_spacing_changes_where_leading_would_begin_too_early(steps):
     timesteps = make_sampler("ddim", SD15_SCHEDULER, steps, torch.device("cpu")).timesteps
