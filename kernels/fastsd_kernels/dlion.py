@@ -196,7 +196,7 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLO
     return pair_sum(dots), pair_sum(l1)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "ema_stride"])
 def _dlion(
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
     sums_ptr, beta1, one_minus_beta1, beta2, sb, n, ema_stride,
@@ -217,7 +217,7 @@ def _dlion(
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "ema_stride"])
 def _estimate(
     d_ptr, nw_ptr, dots_ptr, l1_ptr, dlr_ptr, found_inf_ptr, sb: tl.float64, one_minus_sb: tl.float64, n, BLOCK: tl.constexpr
 ):

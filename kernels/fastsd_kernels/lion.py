@@ -100,7 +100,7 @@ def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, E
         store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask, EMAS)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "ema_stride"])
 def _lion(
     p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, n, ema_stride,
