@@ -217,7 +217,7 @@ def _dlion(
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
 
-@triton.jit(do_not_specialize=["n", "ema_stride"])
+@triton.jit(do_not_specialize=["n"])
 def _estimate(
     d_ptr, nw_ptr, dots_ptr, l1_ptr, dlr_ptr, found_inf_ptr, sb: tl.float64, one_minus_sb: tl.float64, n, BLOCK: tl.constexpr
 ):
