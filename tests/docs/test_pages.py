@@ -289,7 +289,7 @@ train = ["unet"]
 until = 2
 batch = 4
 optimizer = "dlion"
-ema = 0.5
+ema = { sigma_rel = [0.05, 0.10] }
 """
 
 
