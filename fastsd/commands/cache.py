@@ -92,10 +92,10 @@ def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build
     seconds = time.perf_counter() - start_time
 
     present = counts.latents - counts.encoded
-    parts = f"{counts.encoded} encoded now, {present} already cached"
+    origin = f"{counts.encoded} encoded now, {present} already cached"
     if name or not is_alone():
-        parts = f"{counts.encoded} encoded by this process, {present} by others or before"
-    console.echo(f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {parts} ({seconds:.1f} s)")
+        origin = f"{counts.encoded} encoded by this process, {present} by others or before"
+    console.echo(f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {origin} ({seconds:.1f} s)")
     if counts.encoded:
         rates = ", ".join(f"{step} {rate:.1f} img/s" for step, rate in counts.rates.items())
         console.echo(f"speed of each pipeline step alone: {rates}")

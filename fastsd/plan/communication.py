@@ -72,7 +72,7 @@ class Message(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """How often a ring passes each piece on to all ranks."""
+        """Number of times that a ring passes each piece on, so that all ranks have it."""
         return 2 if self.operation == "all_reduce" else 1
 
     def seconds(self, cluster: Cluster, *, fast: bool) -> float:
