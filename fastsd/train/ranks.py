@@ -263,11 +263,14 @@ def joined_ranks() -> Iterator[Ranks]:
         yield ranks
         return
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
+
+    from fastsd.train.rank_starts import store_of_start
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
-    ends = RankEnds(_get_default_store(), ranks.rank, ranks.world)
+    shared, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=TIMEOUT))
+    store = store_of_start(shared, ranks.rank, ranks.world, TIMEOUT)
+    dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
+    ends = RankEnds(store, ranks.rank, ranks.world)
     try:
         yield ranks
     except Stopped:
