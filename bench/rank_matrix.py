@@ -9,7 +9,6 @@ through gloo.  All cases of one number of ranks share a process group, a model a
     inputs      the samples, timesteps and noise of each step are those of one process
     micro       largest difference of a weight from one process with micro-batches of a rank's share
     whole       the same from one process with whole batches
-    moved       largest change of a weight in one process with whole batches
     repeats     a second run has the same bits, also of the optimizer state
     shards      weights with sharded state are those without it, to the last bit
 """
@@ -138,14 +137,8 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 def compare(folder: Path, case: str) -> list[dict[str, Any]]:
     """Return the rows of a case."""
-    from safetensors.torch import load_file
-
-    from fastsd.demo.demo import MODELS
-
     runs = folder / "runs" / case
     whole = tensors_of(runs / "1 whole", weights=True)
-    base = load_file(next((MODELS / "base" / "unet").glob("*.safetensors")))
-    initial = {f"unet/diffusion_pytorch_model.safetensors:{name}": tensor for name, tensor in base.items()}
     rows = []
     for world in WORLDS[1:]:
         micro = tensors_of(runs / f"1 micro {world}", weights=True)
@@ -160,7 +153,6 @@ def compare(folder: Path, case: str) -> list[dict[str, Any]]:
                 "inputs": inputs_of(run) == inputs_of(runs / "1 whole"),
             }
             row |= {"micro": difference(weights, micro), "whole": difference(weights, whole)}
-            row["moved"] = difference(whole, initial) if whole.keys() == initial.keys() else None
             row["repeats"] = same(tensors_of(run, weights=False), tensors_of(again, weights=False))
             row["shards"] = same(weights, plain)
             rows.append(row)
@@ -168,12 +160,11 @@ def compare(folder: Path, case: str) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'case':20} ranks state     inputs micro     whole     moved     repeats shards")
+    print(f"{'case':20} ranks state     inputs micro     whole     repeats shards")
     for row in rows:
         flags = ["yes" if row[key] else "NO" for key in ("inputs", "repeats", "shards")]
-        moved = "" if row["moved"] is None else f"{row['moved']:.1e}"
         state = "sharded" if row["sharded"] else "whole"
-        numbers = f"{row['micro']:<9.1e} {row['whole']:<9.1e} {moved:9}"
+        numbers = f"{row['micro']:<9.1e} {row['whole']:<9.1e}"
         print(f"{row['case']:20} {row['ranks']:<5} {state:9} {flags[0]:6} {numbers} {flags[1]:7} {flags[2]}")
 
 

@@ -21,10 +21,11 @@ UNET = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 5\nbatch = 4\noptimi
 DLION = UNET.replace('optimizer = "lion"\nlr = 1e-3', 'optimizer = "dlion"\nd0 = 1e-4')
 CARRIED = DLION.replace('name = "unet"', 'name = "more"\nstate = "carry"')
 TEXT = UNET.replace("unet", "text").replace('train = ["text"]', 'train = ["text_encoder"]\nmax_tags = 2')
+AVERAGES = "ema = { sigma_rel = [0.1, 0.2] }\nema_snapshots = 2\n"
 VALIDATION = ("validate.held_out=3", "validate.stabilised=2", "validate.every=2")
 
-# Checkpoints before the last, and samples: a stop adds some, and a full disk prevents some.
-OLDER = r"checkpoints/(?!LATEST).*|samples/.*"
+# Checkpoints before the last, samples and snapshots of averages: a stop adds some, and a full disk prevents some.
+OLDER = r"checkpoints/(?!LATEST).*|samples/.*|snapshots/.*"
 EVERYTHING = "validation, samples, tensorboard"  # the run that writes every kind of file
 # name -> (stages, overrides)
 JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -35,7 +36,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ema": (UNET + "ema = 0.5\n", ()),
     "two stages, state carried": (DLION + CARRIED, ("stage.ema=0.5",)),
     "adapters": (UNET.replace('["unet"]', '["lora"]'), ("model.lora={rank=2, text_encoder=true}",)),
-    EVERYTHING: (UNET + "sample_every = 2\n", (*VALIDATION, "log.tensorboard=true")),
+    EVERYTHING: (UNET + "sample_every = 2\n" + AVERAGES, (*VALIDATION, "log.tensorboard=true")),
     "one checkpoint kept": (UNET.replace("every = 2", "every = 1") + "checkpoint_at = [2]\n", ("stage.keep_checkpoints=1",)),
     "log every 2nd step": (UNET, ("log.every=2", "stage.checkpoint_every=3", "export.single_file=false")),
 }

@@ -87,13 +87,12 @@ FOREVER = 1 << 30
 def disk_errors(shop: Workshop, kind: str, count: int, rng: random.Random) -> Trials:
     """Let calls for one kind of file fail in `count` processes, with each error in turn. Later the disk works again."""
     name = next((command for command, text in WRITERS.items() if kind.endswith(text)), EVERYTHING)
-    tried, killed = 0, shop.killed(name)
-    for i in range(5 * count):
-        number, names = list(ERRORS.items())[i % len(ERRORS)]
-        fault = Fault(names, FILES[kind], 1, rng.choice((1, 3, FOREVER)), number, half=rng.random() < 0.5)
-        matching = [call for call in shop.reference(name).calls if _matches(call, fault)]
-        start = killed if rng.random() < 0.3 else None
-        fault = replace(fault, nth=rng.randint(1, 3 if start else max(len(matching), 3)))
+    tried, killed, faults = 0, shop.killed(name), _faults_in(shop, name, kind)
+    for i in range(5 * count if faults else 0):
+        fault, calls = faults[i % len(faults)]
+        start = killed if i < 4 * count and rng.random() < 0.3 else None  # how often it makes these calls is not known
+        nth = rng.randint(1, 3 if start else calls)
+        fault = replace(fault, nth=nth, times=rng.choice((1, 3, FOREVER)), half=rng.random() < 0.5)
         shop.restore(name, start)
         outcome = shop.start(name, fault=fault)
         if outcome.struck:
@@ -102,6 +101,13 @@ def disk_errors(shop: Workshop, kind: str, count: int, rng: random.Random) -> Tr
             yield reason and f"{kind}, {describe(fault)}: {reason}"
         if tried == count:
             return
+
+
+def _faults_in(shop: Workshop, name: str, kind: str) -> list[tuple[Fault, int]]:
+    """Return the errors that calls of a command for one kind of file can have, and the number of such calls."""
+    faults = [Fault(names, FILES[kind], error=number) for number, names in ERRORS.items()]
+    counts = [sum(_matches(call, fault) for call in shop.reference(name).calls) for fault in faults]
+    return [(fault, calls) for fault, calls in zip(faults, counts, strict=True) if calls]
 
 
 def _matches(call: Call, fault: Fault) -> bool:
