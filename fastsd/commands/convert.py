@@ -26,7 +26,7 @@ from fastsd.model.formats.write import check_folder_name, write_folder, write_si
 from fastsd.run.checkpoint import averages_of, shortest_average
 from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
-from fastsd.run.other_programs import WEBUI_FLOW, sampling_notes
+from fastsd.run.other_programs import CHANNELS, sampling_notes
 from fastsd.storage import TensorFile, new_folder
 from fastsd.terminal.console import STDOUT, Console
 from fastsd.terminal.texts import size_text
@@ -136,19 +136,12 @@ def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: Con
 
 
 def _prediction_notes(source: ModelSource, out: Path) -> list[str]:
-    """Return what other programs need in order to sample a model that does not predict epsilon."""
-    if is_flow(source.scheduler):
-        (comfy,), _ = sampling_notes(source.scheduler, out.name)
-        return [f"flow, ComfyUI: {comfy}".replace("*", ""), f"flow, A1111: {WEBUI_FLOW}"]
-    if source.scheduler.get("prediction_type") != "v_prediction":
+    """Return what other programs need in order to sample a model that does not predict epsilon, unless they cannot load it."""
+    if source.components["unet"].config.get("out_channels", CHANNELS) != CHANNELS:
         return []
-    zsnr = str(bool(source.scheduler.get("rescale_betas_zero_snr"))).lower()
-    return [
-        "v-prediction, ComfyUI: "
-        f"Add ModelSamplingDiscrete with v_prediction and zsnr {zsnr}, because SD1.5 defaults to epsilon.",
-        "v-prediction, A1111: Because SD1.5 defaults to epsilon, copy `configs/v1-inference.yaml` of A1111 next to the file as "
-        f'`{out.stem}.yaml` and add `parameterization: "v"` under `model`, `params`.',
-    ]
+    kind = "flow" if is_flow(source.scheduler) else "v-prediction"
+    programs = zip(("ComfyUI", "A1111"), sampling_notes(source.scheduler, out.name), strict=True)
+    return [f"{kind}, {program}: {note.replace('*', '')}" for program, notes in programs for note in notes]
 
 
 def _find_origin(name: str, source: ModelSource, options: ConvertOptions) -> Origin:

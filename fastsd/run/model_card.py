@@ -40,7 +40,7 @@ from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.license import license_of
 from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, table, yaml_string
-from fastsd.run.other_programs import WEBUI_FLOW, sampling_notes
+from fastsd.run.other_programs import CHANNELS, lora_notes, other_channels, sampling_notes
 from fastsd.run.restart import read_config
 from fastsd.run.settings import flatten, setting_text
 from fastsd.storage import copy_file, write_text
@@ -334,17 +334,17 @@ class _Card:
         settings += f", rank {lora.conv}{conv_alpha} on 3x3 convolutions" if lora.conv else ""
         name = "lora.safetensors" if self.summary.weights in ("raw", "") else f"lora-{self.summary.weights}.safetensors"
         base = self.summary.base if is_hub_id(self.summary.base) else "BASE"
-        load = card_code.load_lora(name, base, self.dtype, other_vae=self.summary.vae not in ("", self.summary.base))
+        other_vae = self.summary.vae not in ("", self.summary.base)
+        load = card_code.load_lora(name, base, self.dtype, other_vae=other_vae)
         replaced = "the base model" if base == "BASE" else code(base)
-        file, convert = "it", ""
-        if lora.names == "peft":
-            file = "the result of this command"
-            command = code(f"fastsd convert {name} lora-kohya.safetensors --to lora-kohya")
-            convert = f": {command}. ComfyUI ignores the UNet's attention layers in a file with diffusers' names"
+        peft = lora.names == "peft"
+        file = "the result of this command" if peft else "it"
+        notes = lora_notes(self.scheduler, self.channels, file, name if peft else "", other_vae=other_vae)
+        if self.channels == CHANNELS:
+            notes = f"To apply it to {replaced}, {notes}"
         return _python(
-            f"## LoRA\n\nTrained as a LoRA ({settings}) and merged into these weights. The LoRA alone is in `{name}`. "
-            f"To apply it to {replaced}, copy {file} to `models/loras` in ComfyUI or `models/Lora` in A1111{convert}. In "
-            "diffusers, replace the line `pipe = ...` of the program below by this:",
+            f"## LoRA\n\nTrained as a LoRA ({settings}) and merged into these weights. The LoRA alone is in `{name}`. {notes} "
+            "In diffusers, replace the line `pipe = ...` of the program below by this:",
             load,
         )
 
@@ -365,10 +365,8 @@ class _Card:
 
     def _tools(self) -> list[str]:
         """Return instructions for ComfyUI and A1111, with every setting they cannot read from the file."""
-        if self.channels != 4:
-            return [
-                f"**ComfyUI and A1111** are not supported: they expect 4 latent channels, and this model has {self.channels}."
-            ]
+        if sentence := other_channels(self.channels):
+            return [sentence]
         file = self.single or "model.safetensors"
         vae, notes = "The VAE is included", []
         if not self.single:
@@ -391,7 +389,7 @@ class _Card:
         if self.overflows:
             webui.append("If images are black, start with `--no-half-vae`, because SDXL's VAE overflows in half precision.")
         comfy_notes, webui_notes = sampling_notes(self.scheduler, file)
-        comfy, webui = comfy + comfy_notes, [WEBUI_FLOW] if self.flow else webui + webui_notes
+        comfy, webui = comfy + comfy_notes, webui_notes if self.flow else webui + webui_notes
         if self.zero_snr:
             webui.append("If A1111 does not detect the noise schedule, set *Noise schedule for sampling* to Zero Terminal SNR.")
         return [*notes, f"**ComfyUI**: {' '.join(comfy)}", f"**A1111, Forge**: {' '.join(webui)}"]
