@@ -33,9 +33,10 @@ from fastsd.model.formats.model_summary import (
     read_summary,
     weights_text,
 )
-from fastsd.model.latent_space import SD15_SCALING_FACTOR
+from fastsd.model.latent_space import SD15_SCALING_FACTOR, LatentSpace
 from fastsd.model.text_encoder import AUTO_CHUNKS
 from fastsd.run import card_code
+from fastsd.run.card_vae import CardVae
 from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.license import license_of
@@ -46,7 +47,6 @@ from fastsd.run.settings import flatten, setting_text
 from fastsd.storage import copy_file, write_text
 
 CARD, SAMPLES = "README.md", "samples.png"
-SDXL_SCALING_FACTOR = 0.13025
 WINDOW = 77  # context length of SD1.5's text encoder, in tokens
 # Where the chunks of captions end, and how other tools cut a prompt without weights in the same places.
 _CUTS = {
@@ -103,7 +103,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
         weights=weights,
         base=public_name(model.base),
         vae=public_name(model.vae or model.base),
-        vae_factor=(read_table(checkpoint / "vae/config.json") or {}).get("scaling_factor"),
+        vae_factor=CardVae.of(checkpoint).space.factor,
         clip_skip=model.clip_skip,
         chunks=model.chunks,
         cut=model.cut,
@@ -215,18 +215,16 @@ class _Card:
     """The text of a card. It reads values such as the VAE's scaling factor from the configs in the folder."""
 
     def __init__(self, folder: Path, summary: ModelSummary, single: str, *, fold: bool) -> None:
-        vae, text = (read_table(folder / component / "config.json") or {} for component in ("vae", "text_encoder"))
+        text = read_table(folder / "text_encoder" / "config.json") or {}
         scheduler = read_table(folder / "scheduler/scheduler_config.json") or {}
         self.summary, self.single, self.folded = summary, single, fold
-        self.channels, self.factor = vae.get("latent_channels", 4), vae.get("scaling_factor", SD15_SCALING_FACTOR)
+        self.vae = CardVae.of(folder)
         self.window = text.get("max_position_embeddings", WINDOW)
         self.scheduler, self.flow = scheduler, is_flow(scheduler)
         self.v_prediction = scheduler.get("prediction_type") == "v_prediction"
         self.zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
         self.clip_skip, self.has_samples = summary.clip_skip or 0, (folder / SAMPLES).is_file()
-        self.other_factor = self.factor != SD15_SCALING_FACTOR  # other tools would scale the latents incorrectly
-        self.overflows = self.factor == SDXL_SCALING_FACTOR
-        self.dtype = "bfloat16" if self.overflows else "float16"
+        self.dtype = self.vae.dtype
 
     def text(self) -> str:
         title = f"# {inline(self.summary.title) or 'Stable Diffusion 1.5'}"
@@ -254,8 +252,7 @@ class _Card:
 
     def _facts(self) -> str:
         summary = self.summary
-        vae = f"{self.channels} channels, scaling factor {self.factor:g}"
-        vae += f" (SD1.5: {SD15_SCALING_FACTOR:g})" if self.other_factor else ""
+        vae = str(self.vae)
         if summary.vae:
             vae = f"{inline(summary.vae) if summary.vae != summary.base else 'same as base model'}, {vae}"
         chunks = f"up to {AUTO_CHUNKS}" if summary.chunks == "auto" else summary.chunks
@@ -339,8 +336,8 @@ class _Card:
         replaced = "the base model" if base == "BASE" else code(base)
         peft = lora.names == "peft"
         file = "the result of this command" if peft else "it"
-        notes = lora_notes(self.scheduler, self.channels, file, name if peft else "", other_vae=other_vae)
-        if self.channels == CHANNELS:
+        notes = lora_notes(self.scheduler, self.vae.channels, file, name if peft else "", other_vae=other_vae)
+        if self.vae.channels == CHANNELS:
             notes = f"To apply it to {replaced}, {notes}"
         return _python(
             f"## LoRA\n\nTrained as a LoRA ({settings}) and merged into these weights. The LoRA alone is in `{name}`. {notes} "
@@ -350,14 +347,16 @@ class _Card:
 
     def _diffusers(self) -> str:
         program = card_code.draw(self.summary, self.dtype, self.window, self.scheduler)
-        comment = "; SDXL's VAE overflows in float16" if self.overflows else ""
+        comment = f"; {self.vae.overflow} in float16" if self.vae.overflow else ""
         return _python(f"**Diffusers** (replace `FOLDER` with the path or Hub id of this model{comment}):", program)
 
     def _from_file(self) -> str:
         if not self.single:
             return ""
-        folded = self.other_factor and self.folded
-        reason = f", because the VAE's scaling factor {self.factor:g} is folded into the weights of the file" if folded else ""
+        folded = self.vae.has_other_factor and self.folded
+        reason = (
+            f", because the VAE's scaling factor {self.vae.factor:g} is folded into the weights of the file" if folded else ""
+        )
         load = card_code.load_file(self.single, self.dtype, SD15_SCALING_FACTOR if folded else None)
         return _python(
             f"To load the single file {code(self.single)} instead, replace the line `pipe = ...` by this{reason}:", load
@@ -365,19 +364,19 @@ class _Card:
 
     def _tools(self) -> list[str]:
         """Return instructions for ComfyUI and A1111, with every setting they cannot read from the file."""
-        if sentence := other_channels(self.channels):
+        if sentence := other_channels(self.vae.channels):
             return [sentence]
         file = self.single or "model.safetensors"
         vae, notes = "The VAE is included", []
         if not self.single:
             notes.append(f"ComfyUI and A1111 load single files. Create one with {code(f'fastsd convert FOLDER {file}')}.")
-        if self.single and self.other_factor and not self.folded:
+        if self.single and self.vae.has_other_factor and not self.folded:
             notes.append(
                 f"**{code(file)} gives wrong colours in ComfyUI and A1111**: they assume a VAE scaling factor of "
-                f"{SD15_SCALING_FACTOR:g}, and this file needs {self.factor:g}. `fastsd convert FOLDER OUT.safetensors` "
+                f"{SD15_SCALING_FACTOR:g}, and this file needs {self.vae.factor:g}. `fastsd convert FOLDER OUT.safetensors` "
                 "creates a file that works there."
             )
-        elif self.other_factor:
+        elif self.vae.space != LatentSpace():
             vae += " and already scaled for SD1.5 tools"
 
         name = code(file)
@@ -386,8 +385,8 @@ class _Card:
         if self.clip_skip:
             comfy.append(f"Add *CLIP Set Last Layer* with stop_at_clip_layer {-self.clip_skip - 1}.")
             webui.append(f"Set *Clip skip* to {self.clip_skip + 1}.")
-        if self.overflows:
-            webui.append("If images are black, start with `--no-half-vae`, because SDXL's VAE overflows in half precision.")
+        if self.vae.overflow:
+            webui.append(f"If images are black, start with `--no-half-vae`, because {self.vae.overflow} in half precision.")
         comfy_notes, webui_notes = sampling_notes(self.scheduler, file)
         comfy, webui = comfy + comfy_notes, webui_notes if self.flow else webui + webui_notes
         if self.zero_snr:

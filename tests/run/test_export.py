@@ -21,7 +21,8 @@ from tiny import job, tiny_vae
 
 from fastsd import __version__
 from fastsd.commands.convert import convert
-from fastsd.config.schema import load_config
+from fastsd.config.schema import ModelTable, load_config
+from fastsd.model.formats.load import load_model, write_rest
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_single_file
@@ -29,6 +30,7 @@ from fastsd.model.latent_space import LatentSpace
 from fastsd.plan.disk import export_bytes
 from fastsd.run import checkpoint
 from fastsd.run import export as export_module
+from fastsd.run.card_vae import CardVae
 from fastsd.run.export import bytes_of, check_export
 from fastsd.run.model_card import public_name, summarize, untrained, write_card
 from fastsd.terminal.console import Console
@@ -245,6 +247,18 @@ def test_card_has_instructions_for_other_tools(folder):
     assert says(text, "card-long-captions", chunks=3, tokens=75) and says(text, "card-chunks", chunks=3, window=77)
     assert says(card_of(folder, summary, "vae/config.json", latent_channels=16), "card-channels", channels=16)
     assert read_summary(folder) == summary
+
+
+def test_card_of_a_vae_whose_statistics_are_folded(tiny_model, tmp_path):
+    """The card tells the latent space of training, and a dtype for it. diffusers reads the folder's own factor."""
+    model = load_model(ModelTable(base=str(tiny_model)))
+    model.vae.set_latent_space(LatentSpace(1.0, 0.0, (0.1, 0.2, -0.3, 0.0), (3.0, 4.0, 5.0, 6.0)))
+    write_rest(tmp_path, model)
+    assert CardVae.of(tmp_path).space == model.vae.latent_space != CardVae.of(tmp_path).stored == LatentSpace()
+    text = card_of(tmp_path, ModelSummary(vae="other"), single="a.safetensors")
+    assert says(text, "card-vae-folded", vae="other", channels=4, space="scaling factor 1, mean and deviation of each channel")
+    assert "torch.bfloat16" in text and "this VAE may overflow in float16" in text and "already scaled" in text
+    assert "register_to_config" not in text
 
 
 def test_public_name_of_a_model(folder):

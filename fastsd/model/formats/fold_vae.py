@@ -70,8 +70,8 @@ def unfold_record(config: dict[str, Any], tensors: Tensors) -> str:
     encoded = {}
     for name in _NAMES:
         if name in tensors:
-            tensor = as_tensor(tensors[name]).contiguous()
-            data = base64.b64encode(tensor.view(torch.uint8).numpy().tobytes()).decode()
+            tensor = as_tensor(tensors[name])
+            data = base64.b64encode(tensor.flatten().view(torch.uint8).numpy().tobytes()).decode()
             encoded[name] = [DTYPES[tensor.dtype], list(tensor.shape), data]
     return json.dumps({"config": {key: config[key] for key in _SETTINGS if key in config}, "tensors": encoded})
 
