@@ -28,6 +28,7 @@ from fastsd.plan.disk import run_bytes
 from fastsd.run.export import check_export
 from fastsd.run.license import license_note
 from fastsd.run.restart import saved_splits
+from fastsd.run.teacher import check_teachers
 from fastsd.run.training_data import rare_shapes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
@@ -67,6 +68,8 @@ def check(config: Config, console: Console = STDOUT) -> None:
     notes, warnings = list[str](), list[str]()
     attempt("images", lambda: _images(config, images_per_epoch, notes, warnings))
     attempt("model", lambda: _model(config, models))
+    if any(stage.teacher for stage in config.stage):
+        attempt("teacher", lambda: _teacher(config))
     if models:
         attempt("cache", lambda: _cache(config, models[0], images_per_epoch, notes, warnings))
         if all(is_cached) and (config.validate_.held_out or config.validate_.stabilised):
@@ -114,6 +117,11 @@ def _model(config: Config, models: list[Model]) -> str:
         build.check_resolution(config, step, component="UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE {model.vae.latent_space}"
+
+
+def _teacher(config: Config) -> str:
+    check_teachers(config)
+    return config.model.base
 
 
 def _export(config: Config, model: Model) -> str:

@@ -93,6 +93,10 @@ class Vae:
         finally:
             self.module.to(dtype)
 
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """Return the weights on which latents depend, by name."""
+        return _weights(self.module, "encoder.", "quant_conv.")
+
     @property
     def decoder_hash(self) -> str:
         """sha256 of the decoder's shapes and weights, as `hash` is of the encoder's."""
@@ -118,8 +122,11 @@ def _encoder_hash(module: Any) -> str:
 
 def _weights_hash(module: Any, *prefixes: str) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if name.startswith(prefixes):
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(_weights(module, *prefixes).items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _weights(module: Any, *prefixes: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}

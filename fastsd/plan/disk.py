@@ -11,6 +11,8 @@ from fastsd.config.stages import ENDLESS, StageTable, parse_amount
 from fastsd.errors import UserError
 from fastsd.model.formats.write import DTYPE
 from fastsd.sampling.prompts import images_of
+from fastsd.terminal.console import Console
+from fastsd.terminal.texts import size_text
 from fastsd.train.schedule import Interval, points
 
 ROW, TENSORBOARD_ROW = 600, 800  # bytes of a row of log.jsonl and timing.jsonl together, and of the same row in TensorBoard
@@ -95,3 +97,26 @@ def grid_bytes(config: Config) -> int:
     except UserError:  # `fastsd check` reports it
         images = images_of(config.sample.model_copy(update={"prompts_file": ""}), config.data.resolution)
     return 3 * sum(image.width * image.height for image in images)
+
+
+def print_disk(disk: dict[str, Any], console: Console) -> None:
+    """Print the bytes on the disk, from the JSON of a plan."""
+    per_image, sizes = disk["cache_an_image"], disk["a_checkpoint"]
+    cache = disk["cache"] or per_image * 1_000_000
+    scope = "" if disk["cache"] else " for 1,000,000 images"
+    console.echo(f"\ndisk       {size_text(cache)} cache{scope}, {per_image / 1024:g} KiB per image")
+    lines = [
+        f"{size_text(disk['checkpoints'])} checkpoints at most: {sum(disk['permanent'])} stay, besides the newest; "
+        f"up to {size_text(max(sizes))} each",
+        *([f"{size_text(disk['snapshots'])} snapshots of averages"] if disk["snapshots"] else []),
+        f"{size_text(disk['exports'])} exports: diffusers folders and single files",
+        f"{size_text(disk['samples'])} sample grids and {size_text(disk['logs'])} logs",
+        f"{size_text(disk['total'])} in all, without the cache"
+        + (" and what depends on the number of images, which is unknown" if disk["written"] is None else ""),
+    ]
+    if disk["written"] is not None:
+        lines.append(f"{size_text(disk['written'])} are written until the run ends")
+    if disk["written_a_day"]:
+        slowest, fastest = map(size_text, disk["written_a_day"])
+        lines[-1] += f", predicted {slowest} to {fastest} a day; compare this with the endurance (TBW) of the SSD"
+    console.echo("\n".join(f"           {line}" for line in lines))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -32,18 +33,17 @@ from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
 from fastsd.model.text_encoder import chunk_limit, context_lengths
 from fastsd.plan.communication import Segment, StepTimes
-from fastsd.plan.disk import run_bytes
+from fastsd.plan.disk import print_disk, run_bytes
 from fastsd.plan.figures import duration_text, range_text
 from fastsd.plan.gpu_specs import find_gpu
 from fastsd.plan.large_data import describe_data, print_data
 from fastsd.plan.links import Cluster
 from fastsd.plan.operations import Operation
-from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
+from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal, moved_by
 from fastsd.plan.several_gpus import columns, describe_ranks, lines_of
 from fastsd.plan.step_time import step_seconds, workspace_bytes
 from fastsd.storage import replace_file
 from fastsd.terminal.console import STDOUT, Console, counted, work
-from fastsd.terminal.texts import size_text
 from fastsd.train.ranks import ALONE, check_stage
 from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.cards import CARDS, Card
@@ -70,7 +70,9 @@ class StagePlan:
         cached_text: bool,
         card: Card | None,
         cluster: Cluster | None = None,
+        moved: Sequence[str] = (),
     ) -> None:
+        self.moved = tuple(moved)
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
         self.card, self.cluster, self.ranks = card, cluster, cluster.ranks if cluster else ALONE
         self.images = self.ranks.share(stage.batch)  # of a batch, on one GPU
@@ -99,7 +101,8 @@ class StagePlan:
             if whole_batch not in self._rehearsals:
                 micro_batch = 0 if whole_batch else 1
                 settings = self.shapes, self.stage, self.side, self.ops, micro_batch
-                self._rehearsals[whole_batch] = Rehearsal(*settings, cached_text=self.cached_text, ranks=self.ranks)
+                options: dict[str, Any] = {"cached_text": self.cached_text, "ranks": self.ranks, "moved": self.moved}
+                self._rehearsals[whole_batch] = Rehearsal(*settings, **options)
             with work(f"rehearsing micro-batch {micro_batch_size}, checkpointing {level}"):
                 self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         need = self._needs[micro_batch_size, level]
@@ -194,6 +197,7 @@ def plan_stage(
     cached_text: bool = False,
     card: Card | None = None,
     cluster: Cluster | None = None,
+    moved: Sequence[str] = (),
 ) -> StagePlan:
     """Plan one stage.
 
@@ -206,11 +210,13 @@ def plan_stage(
         cached_text: True if text embeddings are cached, so that the text encoder takes no memory.
         card: whose workspace of convolutions is planned for; None = the card that takes most.
         cluster: the GPUs that share each batch, of which one is planned; None = one GPU.
+        moved: entries of `train` and `reinit` of earlier stages (see `moved_by`). A teacher does not share these weights.
 
     Raises:
         UserError: the model does not support the resolution.
     """
-    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text, card=card, cluster=cluster)
+    options: dict[str, Any] = {"cached_text": cached_text, "card": card, "cluster": cluster, "moved": moved}
+    return StagePlan(shapes, stage, resolution, device_bytes, ops, **options)
 
 
 def plan(
@@ -263,16 +269,22 @@ def plan(
     plans: list[StagePlan] = []  # stages that differ only in light keys share a plan
     for i, stage in enumerate(counted("planning", config.stage, "stages")):
         comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
-        existing = next((plan for plan in plans if plan.stage == comparable), None)
+        moved = moved_by(config.stage[:i]) if stage.teacher else ()
+        existing = next((plan for plan in plans if (plan.stage, plan.moved) == (comparable, moved)), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states
-        settings: dict[str, Any] = {"cached_text": cached_text, "card": cards[0] if card else None, "cluster": cluster}
+        settings: dict[str, Any] = {
+            "cached_text": cached_text,
+            "card": cards[0] if card else None,
+            "cluster": cluster,
+            "moved": moved,
+        }
         plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, **settings))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _print_stage(entry, vram, console)
 
     report["disk"] = _disk(config, shapes, plans, report["stages"], images)
-    _print_disk(report["disk"], console)
+    print_disk(report["disk"], console)
     if cluster:
         speeds = [entry["images_per_second"] for entry in report["stages"]]
         size = plans[0].side, report["disk"]["cache_an_image"]
@@ -426,25 +438,3 @@ def _length(stage: StageTable, entry: dict[str, Any], images: int | None) -> tup
     if stage.seconds is not None:
         return math.ceil(stage.seconds * max(speeds) / stage.batch), stage.seconds
     return entry["steps"], entry["steps"] * stage.batch / min(speeds)
-
-
-def _print_disk(disk: dict[str, Any], console: Console) -> None:
-    per_image, sizes = disk["cache_an_image"], disk["a_checkpoint"]
-    cache = disk["cache"] or per_image * 1_000_000
-    scope = "" if disk["cache"] else " for 1,000,000 images"
-    console.echo(f"\ndisk       {size_text(cache)} cache{scope}, {per_image / 1024:g} KiB per image")
-    lines = [
-        f"{size_text(disk['checkpoints'])} checkpoints at most: {sum(disk['permanent'])} stay, besides the newest; "
-        f"up to {size_text(max(sizes))} each",
-        *([f"{size_text(disk['snapshots'])} snapshots of averages"] if disk["snapshots"] else []),
-        f"{size_text(disk['exports'])} exports: diffusers folders and single files",
-        f"{size_text(disk['samples'])} sample grids and {size_text(disk['logs'])} logs",
-        f"{size_text(disk['total'])} in all, without the cache"
-        + (" and what depends on the number of images, which is unknown" if disk["written"] is None else ""),
-    ]
-    if disk["written"] is not None:
-        lines.append(f"{size_text(disk['written'])} are written until the run ends")
-    if disk["written_a_day"]:
-        slowest, fastest = map(size_text, disk["written_a_day"])
-        lines[-1] += f", predicted {slowest} to {fastest} a day; compare this with the endurance (TBW) of the SSD"
-    console.echo("\n".join(f"           {line}" for line in lines))

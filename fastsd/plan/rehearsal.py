@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -19,6 +19,7 @@ from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.model import SD15_SCHEDULER
+from fastsd.model.select import selected
 from fastsd.model.shapes import Shapes, empty_model, materialize
 from fastsd.model.vae_encoder import VaeEncoder
 from fastsd.plan.communication import Message, RehearsedRanks, Segment, Wait
@@ -32,11 +33,20 @@ from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.launch import Launch, recording
 
 
-def empty_teacher(shapes: Shapes, ops: Ops, device: torch.device) -> Teacher:
-    """Build the teacher of a stage without data. The weights that the stage does not train are the model's."""
+def empty_teacher(shapes: Shapes, ops: Ops, device: torch.device, moved: Collection[str] = ()) -> Teacher:
+    """Build the teacher of a stage without data. The weights that neither the stage nor an earlier one trains are the model's.
+
+    Args:
+        moved: names of the UNet's weights that earlier stages train.
+    """
     unet = empty_model(replace(shapes, lora=None), ops).unet
     materialize(unet, device)
-    return Teacher(unet, SD15_SCHEDULER, known_equal=True)
+    return Teacher(unet, SD15_SCHEDULER, moved=moved)
+
+
+def moved_by(stages: Iterable[StageTable]) -> tuple[str, ...]:
+    """Return the entries of `train` and `reinit` with which stages change weights, each once."""
+    return tuple(dict.fromkeys(entry for stage in stages for entry in (*stage.train, *stage.reinit)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Rehearsal:
         *,
         cached_text: bool,
         ranks: Ranks = ALONE,
+        moved: Sequence[str] = (),
     ) -> None:
         self._side, self._cached_text = side, cached_text
         # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
@@ -120,7 +131,8 @@ class Rehearsal:
             if stage.teacher or stage.timestep_shift != 1:  # the base's own prediction makes no other difference
                 self._model.scheduler = flow_scheduler({})
             if stage.teacher:
-                teacher = empty_teacher(shapes, self._model.unet.ops, self._device)
+                names = selected(self._model, moved, "train").get("unet", ())
+                teacher = empty_teacher(shapes, self._model.unet.ops, self._device, names)
             ranks = RehearsedRanks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, self._communicate)
             self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, teacher=teacher, ranks=ranks)
             for optimizer in self._step.optimizers.values():

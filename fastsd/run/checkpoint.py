@@ -72,6 +72,7 @@ class RunProgress:
     seconds: float = 0.0  # time that the stage has run
     passed_over: int = 0  # images that a rollback has passed over (see `rollback.py`)
     rolled_back_stage: int = -1  # index of the stage of the last rollback
+    base_key: str = ""  # of the base, if a stage has it as teacher (see `teacher.py`)
     carried: int = 0  # steps of earlier stages that passed on their optimizer state and EMA
     # Settings that were changed in the middle of a stage: {"step", "stage", "key", "before", "after"}
     changes: list[dict[str, Any]] = field(default_factory=list)

@@ -39,6 +39,7 @@ from fastsd.run.restart import (
 from fastsd.run.rewind import checkpoint_named, finish_setting_aside, go_back
 from fastsd.run.saving import Saving
 from fastsd.run.smoothed_loss import SmoothedLoss
+from fastsd.run.teacher import base_key, check_teachers
 from fastsd.run.training_data import TrainingData
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
@@ -124,10 +125,13 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         if ranks.main:
             warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
         progress = saved_progress or RunProgress()
+        check_teachers(config, progress.stage)
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
         model = _load_model(config, ops, newest)
         warnings += model.notes
+        if newest is None and any(stage.teacher for stage in config.stage):
+            progress = replace(progress, base_key=base_key(config.model, model.unet))
         check_export(config, model)
         check_samples(model, config)
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from fastsd.config.schema import ModelTable
+from dataclasses import replace
+
 from fastsd.errors import UserError
-from fastsd.model.formats.adapters import load_merged
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
 from fastsd.plan.gpu_specs import gpu_of
 from fastsd.plan.plan import SCRATCH, plan_stage
+from fastsd.plan.rehearsal import moved_by
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
+from fastsd.run.teacher import base_key, check_unchanged, load_teacher
 from fastsd.terminal.texts import size_text
 from fastsd.train.flow import Teacher
 from fastsd.train.step import Step
-from fastsd_kernels import Ops
 
 _STATE_TEXT = {"reset": "reset", "carry": "carried over from the previous stage"}
 
@@ -37,7 +38,7 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
         run.console.echo(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
-    teacher = load_teacher(config.model, run.ops, name) if stage.teacher else None
+    teacher = _load_teacher(run, name) if stage.teacher else None
     step = _create_step(run, index, _micro_batch_size(run, index, resumed=resumed), teacher)
     if step.teacher:
         copied = sum(tensor.nbytes for tensor in step.teacher.copied)
@@ -61,20 +62,13 @@ def evaluate_end(run: Run, index: int) -> None:
         step.release()
 
 
-def load_teacher(table: ModelTable, ops: Ops, stage: str) -> Teacher:
-    """Load the base of a config as the teacher of a stage. A checkpoint of the run has other weights.
-
-    Raises:
-        UserError: the base is missing, or a flow itself.
-    """
-    stored = {"prediction": "", "zero_snr": None, "flow_shift": None, "lora": None}
-    base = load_merged(table.model_copy(update=stored), ops)
-    if base.prediction == "flow":
-        raise UserError(
-            "teacher-is-flow",
-            f'stage {stage!r}: teacher is "base", but {table.base} is a flow itself, which training continues; remove teacher',
-        )
-    return Teacher(base.unet, base.scheduler)
+def _load_teacher(run: Run, name: str) -> Teacher:
+    table = run.config.model
+    teacher = load_teacher(table, run.ops, run.console)
+    key, saved = base_key(table, teacher.unet), run.position.progress.base_key
+    check_unchanged(table, name, saved, key)
+    run.position.progress = replace(run.position.progress, base_key=key)
+    return teacher
 
 
 def _create_step(run: Run, index: int, micro_batch_size: int, teacher: Teacher | None = None) -> Step:
@@ -106,7 +100,8 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     cached_text, card = run.data.text_embeddings is not None, gpu_of(run.device)
     size = run.config.data.resolution, available
     share = stage.model_copy(update={"batch": run.ranks.share(stage.batch)})
-    plan = plan_stage(Shapes.of(run.model), share, *size, run.ops, cached_text=cached_text, card=card)
+    earlier = moved_by(run.config.stage[:index]) if stage.teacher else ()
+    plan = plan_stage(Shapes.of(run.model), share, *size, run.ops, cached_text=cached_text, card=card, moved=earlier)
     micro_batch_size = run.ranks.least(plan.largest_micro_batch())
 
     if micro_batch_size == 0:

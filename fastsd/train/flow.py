@@ -29,7 +29,7 @@ Shapes: B images, C latent channels, H x W positions, T timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ from fastsd.model.weights import plain_name
 from fastsd.train.objective import Objective, alphas_cumprod, paper_weights, place_of
 from fastsd.train.trainable import TrainableComponent, compute_weight
 from fastsd_kernels import REFERENCE, Ops
+from fastsd_kernels.noise import Purpose, normal
+
+LIKE_EPSILON, LIKE_V = 0.9, 0.6  # cosines of a base's answer to pure noise with the noise: at least, and at most
 
 
 class FlowObjective(Objective):
@@ -105,6 +108,23 @@ def objective_of(
     return Objective(abar_T, seed, ops, stage, scheduler.get("prediction_type", "epsilon"))
 
 
+@torch.no_grad()
+def prediction_of(unet: UNet | Callable[..., Tensor], scheduler: Mapping[str, Any], context_1LD: Tensor, channels: int) -> str:
+    """Return what a base predicts, "epsilon" or "v_prediction", by its answer to pure noise. Return "" if that shows neither.
+
+    At the last timestep, x_t = a_t x_0 + b_t eps is the noise, because a_t is near 0. A base that predicts eps returns its
+    input there. One that predicts v = a_t eps - b_t x_0 returns the mean image, which has little to do with the noise.
+    """
+    abar_T = alphas_cumprod(dict(scheduler))
+    eps_BCHW = normal(0, Purpose.SAMPLE, torch.arange(2), (channels, 32, 32))
+    last_B = torch.full((2,), float(len(abar_T) - 1))
+    answer_BCHW = unet(eps_BCHW, last_B, context_1LD.expand(2, -1, -1)).float()
+    likeness = torch.cosine_similarity(answer_BCHW.flatten(), eps_BCHW.flatten(), dim=0).item()
+    if likeness > LIKE_EPSILON:
+        return "epsilon"
+    return "v_prediction" if abs(likeness) < LIKE_V else ""
+
+
 class Teacher:
     """The flow of a base that predicts eps or v, in closed form (see the note above). Called like a UNet of a flow.
 
@@ -112,14 +132,20 @@ class Teacher:
         unet: the base's UNet, on any device.
         scheduler: the base's scheduler config.
         timesteps: T of the flow.
-        known_equal: True if the weights that a stage does not train are known to be those of this UNet.
+        moved: names of weights that earlier stages train, if there are no data to compare: all others are known to be those of
+            this UNet until the stage trains them. None = the data are compared.
     """
 
     def __init__(
-        self, unet: UNet, scheduler: Mapping[str, Any], timesteps: int = TIMESTEPS, *, known_equal: bool = False
+        self,
+        unet: UNet,
+        scheduler: Mapping[str, Any],
+        timesteps: int = TIMESTEPS,
+        *,
+        moved: Collection[str] | None = None,
     ) -> None:
         assert not is_flow(scheduler)
-        self.unet, self.total, self.known_equal = unet.requires_grad_(False), timesteps, known_equal
+        self.unet, self.total, self.moved = unet.requires_grad_(False), timesteps, moved
         self.velocity = scheduler.get("prediction_type") == "v_prediction"
         abar_T = alphas_cumprod(dict(scheduler)).double()
         signal_T, level_T = abar_T.sqrt(), (1 - abar_T).sqrt()
@@ -136,11 +162,12 @@ class Teacher:
         self.copied, self.s_T = [], self.s_T.to(device)
         for plain, parameter in self.unet.named_parameters():
             name, original = parameters[plain]
-            if self.known_equal and name not in trained:
+            if self.moved is not None and name not in trained and name not in self.moved:
                 parameter.data = original.data
                 continue
             ours = compute_weight(parameter.data.to(device), component.dtype)
-            equal = name not in trained and ours.shape == original.shape and torch.equal(ours, original.data)
+            comparable = self.moved is None and name not in trained and ours.shape == original.shape
+            equal = comparable and torch.equal(ours, original.data)
             parameter.data = original.data if equal else ours
             self.copied += [] if equal else [ours]
         precisions = [layer.precision for layer in component.module.modules() if isinstance(layer, Attention)]

@@ -18,7 +18,7 @@ from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import plan_stage
 from fastsd.run.flow_start import colour_warning, compared, moments
-from fastsd.run.stage_start import load_teacher
+from fastsd.run.teacher import load_teacher
 from fastsd.sampling.generate import generate, load_to_sample
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON, noise
@@ -127,14 +127,14 @@ def test_the_target_is_the_flow_of_the_base(precision, share, tiny_model):
     table = ModelTable(base=str(tiny_model), prediction="flow")
     settings = {"optimizer": "lion", "lr": 1e-2, "teacher": "base", "teacher_share": share, "precision": precision}
     model, stage = load_model(table), stage_of(**settings)
-    step = Step(model, stage, 2, seed=3, teacher=load_teacher(table, REFERENCE, "a"))
+    step = Step(model, stage, 2, seed=3, teacher=load_teacher(table, REFERENCE))
     assert sum(tensor.numel() for tensor in step.teacher.copied) == sum(p.numel() for p in model.unet.parameters())
     for number, batch in enumerate(batches(2, 4)):
         objective = step.objective
         x_s, t_B, target = objective.add_noise(model.vae.scale(batch.latents_BCHW.float()), batch.positions_B)
         with torch.no_grad():
             text = model.text.encode(batch.token_ids_BL)
-            fresh = load_teacher(table, REFERENCE, "a")
+            fresh = load_teacher(table, REFERENCE)
             fresh.share(step.components["unet"])
             blend = share * fresh(x_s, t_B, text) + (1 - share) * target
             expected = (model.unet(x_s, t_B, text).float() - blend).square().mean()

@@ -192,12 +192,20 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
     return Vae(module, name, ops)
 
 
+def scheduler_of(base: Path) -> tuple[dict[str, Any], bool]:
+    """Return the scheduler config of a located model, and whether it says what the UNet predicts. If not, it has "epsilon"."""
+    if base.is_file():
+        file = open_file(base)
+        return file.scheduler(), file.states_prediction
+    return read_scheduler(base), (base / "scheduler" / "scheduler_config.json").exists()
+
+
 def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list[str]]:
     """Return the base model's scheduler config, updated with the settings in `table`, and notes for the user."""
     notes = list[str]()
-    config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
+    config, stated = scheduler_of(base)
     if is_flow(config) or table.prediction == "flow":
-        return _flow_scheduler(config, table)
+        return _flow_scheduler(config, table, stated=stated)
     if table.flow_shift is not None:
         raise UserError(
             "flow-shift-without-flow",
@@ -209,10 +217,11 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
 
     if table.prediction and table.prediction != prediction:
         config["prediction_type"] = table.prediction
-        notes.append(
-            f'model.prediction is "{table.prediction}", but the base was trained for {prediction}: the UNet has to adapt, '
-            "so the loss starts high"
-        )
+        if stated:
+            notes.append(
+                f'model.prediction is "{table.prediction}", but the base was trained for {prediction}: the UNet has to adapt, '
+                "so the loss starts high"
+            )
 
     if table.zero_snr is not None:
         config["rescale_betas_zero_snr"] = table.zero_snr
@@ -225,7 +234,7 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     return usable_scheduler(config), notes
 
 
-def _flow_scheduler(config: dict[str, Any], table: ModelTable) -> tuple[dict[str, Any], list[str]]:
+def _flow_scheduler(config: dict[str, Any], table: ModelTable, *, stated: bool) -> tuple[dict[str, Any], list[str]]:
     """Return the scheduler config of a flow, which the base is or is to become, and notes for the user."""
     if is_flow(config) and (table.prediction not in ("", "flow") or table.zero_snr is not None):
         key = "zero_snr" if table.zero_snr is not None else "prediction"
@@ -237,8 +246,9 @@ def _flow_scheduler(config: dict[str, Any], table: ModelTable) -> tuple[dict[str
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise _other_prediction(table.base, prediction)
+    trained_for = prediction if stated else "epsilon or v_prediction, which it does not say"
     note = (
-        f'model.prediction is "flow", but the base was trained for {prediction}: the UNet has to adapt; a first stage with '
+        f'model.prediction is "flow", but the base was trained for {trained_for}: the UNet has to adapt; a first stage with '
         'teacher = "base" teaches it the flow that the base already knows'
     )
     return flow_scheduler(config, table.flow_shift), [note]

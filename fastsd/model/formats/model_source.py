@@ -175,6 +175,11 @@ class File:
         """Return the scheduler_config.json that the file defines, with SD1.5's values for the settings it does not have."""
         return single_file_layout.scheduler(self.path, self.tensors, self.metadata)
 
+    @property
+    def states_prediction(self) -> bool:
+        """True if the file says what its UNet predicts."""
+        return single_file_layout.states_prediction(self.path, self.tensors, self.metadata)
+
 
 def open_file(path: Path, notes: list[str] | None = None) -> File:
     """Open a file in the original layout, `.safetensors` or pickled."""

@@ -159,6 +159,12 @@ def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict
     return settings
 
 
+def states_prediction(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> bool:
+    """Return True if a file says what its UNet predicts. Most files of other programs do not."""
+    stored = configs(path, metadata).get("scheduler")
+    return bool(stored) or V_PREDICTION in tensors or "modelspec.prediction_type" in metadata
+
+
 def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state:
         raise UserError(
