@@ -262,7 +262,7 @@ def _dict_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, objec
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raise UserError if the file is unreadable or contains something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark in front
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             "json-unreadable", f"{path}: cannot be read as JSON ({error}); download or copy the file again"

@@ -39,6 +39,7 @@ from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Batch, Loader
 from fastsd.data.rows import can_pin
 from fastsd.errors import UserError, out_of_memory
+from fastsd.model.flow_schedule import is_flow, timesteps_of
 from fastsd.model.latent_space import SD15_SCALING_FACTOR
 from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.text_encoder import pad
@@ -201,7 +202,8 @@ class Baseline:
         self.name, self.unet, self.optimizer = name, unet, optimizer
         self.inputs, self.steps_done, self.warnings = inputs, 0, list[str]()
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.scheduler = DDPMScheduler.from_config(inputs.model.scheduler)
+        self.flow, self.timesteps = is_flow(inputs.model.scheduler), timesteps_of(inputs.model.scheduler)
+        self.scheduler = None if self.flow else DDPMScheduler.from_config(inputs.model.scheduler)
         self.compiled = name == "compiled"
         self.layout = torch.channels_last if self.compiled else torch.contiguous_format
 
@@ -217,12 +219,12 @@ class Baseline:
         for start in range(0, count, inputs.stage.micro_batch_size):
             micro_batch = slice(start, start + inputs.stage.micro_batch_size)
             latents = inputs.model.vae.scale(raw_latents[micro_batch].float())
-            noise, t_B = draw(latents, positions[micro_batch], self.scheduler.config.num_train_timesteps)
-            noisy = self.scheduler.add_noise(latents, noise, t_B).contiguous(memory_format=self.layout)
+            noise, t_B = draw(latents, positions[micro_batch], self.timesteps, continuous=self.flow)
+            noisy, target = self._noised(latents, noise, t_B)
             text_embeds = inputs.model.text.encode(token_ids[micro_batch])
             with torch.autocast(device.type, torch.bfloat16, enabled=inputs.stage.precision == "bf16"):
-                prediction = self.unet(noisy, t_B, text_embeds.float()).sample
-            loss = nn.functional.mse_loss(prediction.float(), noise) * (len(latents) / count)
+                prediction = self.unet(noisy.contiguous(memory_format=self.layout), t_B, text_embeds.float()).sample
+            loss = nn.functional.mse_loss(prediction.float(), target) * (len(latents) / count)
             loss.backward()
             total_loss += loss.detach()
 
@@ -232,6 +234,14 @@ class Baseline:
         self.optimizer.zero_grad()
         self.steps_done += 1
         return total_loss
+
+    def _noised(self, latents: Tensor, noise: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the UNet's input and the target, as diffusers' examples compute them."""
+        if self.scheduler is None:
+            s = (t_B / self.timesteps)[:, None, None, None]
+            return (1 - s) * latents + s * noise, noise - latents
+        noisy, predicts_v = self.scheduler.add_noise(latents, noise, t_B), self.scheduler.config.prediction_type != "epsilon"
+        return noisy, self.scheduler.get_velocity(latents, noise, t_B) if predicts_v else noise
 
     def on_host(self) -> list[Tensor]:
         """Return the tensors that are in main memory on every machine."""
@@ -257,9 +267,10 @@ class Baseline:
 Candidate = OurStep | Baseline
 
 
-def draw(latents_BCHW: Tensor, positions_B: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
-    """Draw noise and timesteps, int64 (B,), as diffusers' examples do. `positions_B` is unused; replacements may need it."""
-    t_B = torch.randint(0, timesteps, (len(latents_BCHW),), device=latents_BCHW.device)
+def draw(latents_BCHW: Tensor, positions_B: Tensor, timesteps: int, *, continuous: bool) -> tuple[Tensor, Tensor]:
+    """Draw noise and timesteps (B,), int64 or `continuous`, as diffusers' examples do. Replacements may need `positions_B`."""
+    size, device = (len(latents_BCHW),), latents_BCHW.device
+    t_B = timesteps * torch.rand(size, device=device) if continuous else torch.randint(0, timesteps, size, device=device)
     return torch.randn_like(latents_BCHW), t_B
 
 

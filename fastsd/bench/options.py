@@ -101,4 +101,5 @@ def bench_target(options: BenchOptions) -> BenchTarget:
         shapes = Shapes(baselines.SMALL if options.small else UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
     side = shapes.side(config.data.resolution)
     ops, free = choose_ops(config.kernels, device), counters.free_bytes(device)
-    return BenchTarget(config, config.stage[0], device, ops, shapes.unet, side, free)
+    stage = config.stage[0].model_copy(update={"teacher": ""})  # which the baselines do not have
+    return BenchTarget(config, stage, device, ops, shapes.unet, side, free)

@@ -102,6 +102,8 @@ def bench_step(options: BenchOptions, console: Console) -> Figures:
         problem = f"stage.0.train is {target.stage.train}, but bench step compares training of the UNet"
         raise UserError("bench-trains-other", f"{problem}; add 'stage.0.train=[\"unet\"]'")
     names, warnings = _choose_fitting(options, target)
+    if target.config.stage[0].teacher:
+        warnings.append("the step is measured without its teacher, whose forward the baselines do not have")
     inputs, problems = _inputs(options, target)
     stage = target.stage
     with precision_switches(stage.precision, inputs.model.unet, deterministic=target.config.deterministic) as switches:

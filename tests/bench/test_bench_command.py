@@ -17,13 +17,15 @@ from fastsd.bench.counters import COPY, SCALAR, SHAPE, host_waits
 from fastsd.commands.cache import cache
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable, load_config
+from fastsd.model.flow_schedule import flow_scheduler
+from fastsd.model.model import SD15_SCHEDULER
 from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.train.device import choose_ops
+from fastsd.train.flow import FlowObjective, objective_of
 from fastsd.train.graph import WARM_UP
-from fastsd.train.objective import Objective, alphas_cumprod
-from fastsd_kernels import workload
+from fastsd_kernels import noise, workload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CPU = torch.device("cpu")
@@ -91,18 +93,30 @@ def test_settings_reach_every_candidate(run):
     assert figures["results"][0]["host_waits"] == {}
 
 
+V_PREDICTION = SD15_SCHEDULER | {"prediction_type": "v_prediction"}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("bf16", 1e-3)])
-def test_candidates_do_the_same_work(precision, tolerance, device, monkeypatch):
+@pytest.mark.parametrize(
+    "precision, tolerance, scheduler",
+    [
+        ("fp32", 1e-6, SD15_SCHEDULER),
+        ("bf16", 1e-3, SD15_SCHEDULER),
+        ("fp32", 1e-6, V_PREDICTION),
+        ("fp32", 1e-6, flow_scheduler(SD15_SCHEDULER)),
+    ],
+    ids=["fp32", "bf16", "v", "flow"],
+)
+def test_candidates_do_the_same_work(precision, tolerance, scheduler, device, monkeypatch):
     """With our noise and timesteps, a baseline has the same first loss, and in fp32 nearly the same weights after a step."""
     inputs = make_inputs(device, precision=precision, batch=4, micro_batch=2, optimizer="lion", lr=1e-6)
-    abar = alphas_cumprod(inputs.model.scheduler).to(device)
-    objective = Objective(abar, inputs.seed, inputs.model.unet.ops)
+    inputs.model.scheduler = scheduler
+    objective = objective_of(scheduler, inputs.seed, inputs.model.unet.ops, device=device)
 
-    def draw(latents_BCHW, positions_B, timesteps):
-        assert timesteps == 1000
-        _, t_B, noise_BCHW = objective.add_noise(latents_BCHW, positions_B)
-        return noise_BCHW, t_B
+    def draw(latents_BCHW, positions_B, timesteps, *, continuous):
+        assert timesteps == 1000 and continuous == isinstance(objective, FlowObjective)
+        shape = tuple(latents_BCHW.shape[1:])
+        return noise.normal(inputs.seed, noise.Purpose.NOISE, positions_B, shape), objective.timesteps(positions_B)
 
     monkeypatch.setattr(baselines, "draw", draw)
     ours, baseline = baselines.candidates(inputs, ["lion-pytorch"])[0]
@@ -181,6 +195,9 @@ def test_config_provides_model_stage_and_batches(run, tmp_path, tiny_model, imag
     out, _ = run(path, "--peers diffusers --steps 1 device=cpu stage.0.batch=3")
     assert says(out, "bench-batch", size=16, batch=3, micro_batch=3, checkpointing="none", optimizer="lion")
     assert not says(out, "bench-random-inputs")
+    flow = "--peers diffusers --steps 1 device=cpu model.prediction=flow stage.0.teacher=base"
+    out, figures = run(path, flow)
+    assert says(out, "bench-without-teacher") and figures["order"] == ["fastsd", "diffusers"]
     err = run("step", path, 'stage.0.train=["text_encoder"] device=cpu', code=2)
     assert says(err, "bench-trains-other", train=["text_encoder"])
 
