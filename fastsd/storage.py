@@ -380,6 +380,22 @@ def make_folder(path: Path) -> None:
         flush_folder(path.parent)
 
 
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock of a folder, and hold it. It leaves no file.
+
+    On a system or a disk without such locks, there is none.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 def flush_folder(path: Path) -> None:
     """Make renames inside a folder durable. Windows neither has nor needs such a call."""
     if os.name != "nt":

@@ -211,6 +211,8 @@ def test_a_header_of_the_largest_size_is_read(tmp_path, monkeypatch):
 def test_json_files(tmp_path):
     write_text(tmp_path / "a", '{"a": 1}')
     assert storage.read_json(tmp_path / "a") == {"a": 1}
+    (tmp_path / "a").write_bytes(b'\xef\xbb\xbf{"a": 1}')  # with the mark that some editors put in front
+    assert storage.read_json(tmp_path / "a") == {"a": 1}
     for text, code in (("[1]", "json-no-table"), ("{", "json-unreadable")):
         write_text(tmp_path / "a", text)
         with refused(code):

@@ -24,7 +24,7 @@ from fastsd.run.restart import read_config
 from fastsd.sampling.generate import draw, prepare_to_sample
 from fastsd.sampling.grid import grid, save_grid
 from fastsd.sampling.prompts import images_of, notes_on_prompts, parse_prompt
-from fastsd.storage import TEMPORARY, new_file
+from fastsd.storage import TEMPORARY, locked_folder, new_file
 from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.device import choose_device, choose_ops
 
@@ -72,16 +72,17 @@ def sample(name: str, model_settings: Settings, settings: Settings, options: Sam
     images = images_of(table, size)
     drawn = draw(model, images, table)
     out.mkdir(parents=True, exist_ok=True)
-    for path in out.glob(f"{TEMPORARY}*.png"):  # of a call that was killed
-        path.unlink()
-    numbers = [int(match[1]) for path in out.iterdir() if (match := re.fullmatch(r"(\d{3,})-\d+\.png", path.name))]
-    first = max(numbers, default=-1) + 1
-    for number, (image, image_settings) in enumerate(zip(drawn, images, strict=True), start=first):
-        with new_file(out / f"{number:03d}-{image_settings.seed}.png") as temporary:
-            image.save(temporary, "PNG")
-    names = (f"grid{f'-{number}' if number > 1 else ''}.png" for number in count(1))
-    path = next(out / name for name in names if not (out / name).exists())
-    save_grid(grid(drawn, images, table.images), path, weights=table.weights)
+    with locked_folder(out):  # another call may write there too
+        for path in out.glob(f"{TEMPORARY}*.png"):  # of a call that was killed
+            path.unlink()
+        numbers = [int(match[1]) for path in out.iterdir() if (match := re.fullmatch(r"(\d{3,})-\d+\.png", path.name))]
+        first = max(numbers, default=-1) + 1
+        for number, (image, image_settings) in enumerate(zip(drawn, images, strict=True), start=first):
+            with new_file(out / f"{number:03d}-{image_settings.seed}.png") as temporary:
+                image.save(temporary, "PNG")
+        names = (f"grid{f'-{number}' if number > 1 else ''}.png" for number in count(1))
+        path = next(out / name for name in names if not (out / name).exists())
+        save_grid(grid(drawn, images, table.images), path, weights=table.weights)
     console.echo(f"{len(images)} images and {path.name} written to {out}")
 
 

@@ -24,8 +24,9 @@ from fastsd.demo import world
 from fastsd.errors import UserError
 from fastsd.run.folder import read_rows
 from fastsd.run.loop import train
+from fastsd.run.restart import lock
 from fastsd.sampling.generate import generate, load_to_sample
-from fastsd.storage import copy_file, new_file, replace_file
+from fastsd.storage import copy_file, make_folder, new_file, replace_file
 from fastsd.terminal.console import STDOUT, Console
 
 MODELS = Path(__file__).parent / "assets"
@@ -36,7 +37,17 @@ ALIGNMENT_IMAGES = 32  # for the fits of `fastsd swap-vae`
 
 
 def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
-    """Run the demo in `out`. Return the accuracies, the losses and the seconds it took, and write them to result.json."""
+    """Run the demo in `out`. Return the accuracies, the losses and the seconds it took, and write them to result.json.
+
+    Raises:
+        UserError: another demo runs in `out`, or it has a run of another config.
+    """
+    make_folder(out)
+    with lock(out):
+        return _run(out, console)
+
+
+def _run(out: Path, console: Console) -> dict[str, float]:
     start_time = time.perf_counter()
     config = _lay_out(out, console)
     base, vae, aligned = str(out / "models" / "base"), str(out / "models" / "vae"), Path(config.model.base)
@@ -84,7 +95,6 @@ def _lay_out(out: Path, console: Console) -> Config:
         raise UserError(
             "demo-other-config", f"{out} has a demo with another demo.toml; delete the folder, or name another one with --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(MODELS, out / "models", copy_function=_copy, dirs_exist_ok=True)
     world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
     replace_file(path, text)

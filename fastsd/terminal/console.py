@@ -161,9 +161,9 @@ class Work:
         self._show()
 
     def seconds_left(self) -> float | None:
-        """Estimate the remaining time. Return None if the total is unknown or nothing is done."""
+        """Estimate the remaining time. Return None if the total is unknown or nothing is done, and 0 if more is done."""
         per_second = self._per_second or self.done / max(time.monotonic() - self._start, 1e-9)
-        return (self.total - self.done) / per_second if self.total and per_second else None
+        return max(self.total - self.done, 0) / per_second if self.total and per_second else None
 
     def __str__(self) -> str:
         if not self.total:

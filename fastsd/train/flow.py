@@ -45,7 +45,7 @@ from fastsd.train.trainable import TrainableComponent, compute_weight
 from fastsd_kernels import REFERENCE, Ops
 from fastsd_kernels.noise import Purpose, normal
 
-LIKE_EPSILON, LIKE_V = 0.9, 0.6  # cosines of a base's answer to pure noise with the noise: at least, and at most
+LIKE_EPSILON, LIKE_V = 0.9, 0.6  # the least and the largest cosine between a base's answer to pure noise and the noise
 
 
 class FlowObjective(Objective):
@@ -122,7 +122,7 @@ def prediction_of(unet: UNet | Callable[..., Tensor], scheduler: Mapping[str, An
     likeness = torch.cosine_similarity(answer_BCHW.flatten(), eps_BCHW.flatten(), dim=0).item()
     if likeness > LIKE_EPSILON:
         return "epsilon"
-    return "v_prediction" if abs(likeness) < LIKE_V else ""
+    return "v_prediction" if likeness < LIKE_V else ""
 
 
 class Teacher:

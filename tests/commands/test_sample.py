@@ -1,6 +1,9 @@
 """`fastsd sample`: the settings of a run, options in their place, EMA weights, adapters, and files that are never replaced."""
 
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from runs import run
 from sentences import says
 from tiny import job
 
+from fastsd.commands import sample as module
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.model.formats.adapters import write_lora_file
@@ -30,6 +34,18 @@ SETTINGS = (
     PROMPTS, "sample.images=3", "sample.seed=5", "sample.sampler=euler_a", 'sample.negative="green"', "sample.guidance=3.5",
     "sample.guidance_rescale=0.5", "sample.steps=4", "sample.size=24", "model.clip_skip=1", "model.chunks=2",
 )  # fmt: skip
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from fastsd.storage import locked_folder
+
+with locked_folder(Path("{0}")):
+    print("locked", flush=True)
+    sys.stdin.read()
+    (Path("{0}") / "000-7.png").touch()
+"""
 
 
 @pytest.fixture
@@ -145,6 +161,24 @@ def test_nothing_that_exists_is_replaced(tiny_model, tmp_path, sample):
     assert before | {"1000-7.png": b"mine"} == {
         path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name not in (f"1001-{2**64 - 1}.png",)
     } | {"grid-2.png": before["grid-2.png"]}
+
+
+def test_two_calls_into_one_folder_take_different_numbers(tiny_model, tmp_path, sample, monkeypatch):
+    """A call that has drawn waits until the other one has written."""
+    words = tiny_model, "--prompt", "a", "--steps", 1, "--size", 16, "--out", tmp_path, "--seed", 7
+    second = subprocess.Popen([sys.executable, "-c", SECOND.format(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert second.stdout.readline() == b"locked\n"
+    release, draw = threading.Timer(0.5, second.communicate), module.draw
+
+    def draw_and_release(*args):
+        drawn = draw(*args)
+        release.start()
+        return drawn
+
+    monkeypatch.setattr(module, "draw", draw_and_release)
+    sample(*words)
+    release.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"000-7.png", "001-7.png", "grid.png"}
 
 
 def test_a_seed_beyond_64_bits_is_refused(tiny_model, tmp_path, sample):

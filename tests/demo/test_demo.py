@@ -14,6 +14,7 @@ from fastsd.demo import world
 from fastsd.demo.demo import MODELS, SHOWN, demo
 from fastsd.demo.models import write_tokenizer
 from fastsd.model.formats.load import load_model
+from fastsd.run.restart import lock
 from fastsd.sampling.generate import generate
 from fastsd.terminal.console import Console
 
@@ -100,6 +101,8 @@ def test_a_demo_of_another_version_is_refused_before_it_is_touched(tmp_path, mon
             demo(out, Console(quiet=True))
         assert (out / "demo.toml").read_text() == older and not (out / "models").exists()
     (out / "demo.toml").write_text(text)
+    with lock(out), refused("run-locked", folder=repr(str(out))):
+        demo(out, Console(quiet=True))
     monkeypatch.setattr(world, "write_dataset", Mock(side_effect=InterruptedError))
     with pytest.raises(InterruptedError):
         demo(out, Console(quiet=True))

@@ -1,4 +1,4 @@
-"""What a model card says of ComfyUI and A1111, for every prediction, number of channels, and kind of weights."""
+"""Model cards on ComfyUI and A1111, for every prediction, number of channels, and kind of weights."""
 
 from itertools import product
 from pathlib import Path

@@ -14,6 +14,7 @@ from tiny import job, make_tiny_model, tiny_vae
 
 from fastsd.commands.check import check
 from fastsd.config.schema import ModelTable, load_config
+from fastsd.demo.demo import MODELS
 from fastsd.model.formats.load import load_model
 from fastsd.model.model import SD15_SCHEDULER
 from fastsd.model.shapes import Shapes
@@ -24,6 +25,7 @@ from fastsd.run.teacher import load_teacher
 from fastsd.storage import write_safetensors
 from fastsd.terminal.console import Console
 from fastsd.train.flow import prediction_of
+from fastsd.train.objective import alphas_cumprod
 from fastsd_kernels import REFERENCE, TRITON
 
 STAGES = "".join(
@@ -90,6 +92,19 @@ def test_prediction_by_the_answer_to_noise():
     }  # fmt: skip
     for expected, answer in answers.items():
         assert prediction_of(answer, SD15_SCHEDULER, context, 4) == expected
+
+
+def test_prediction_of_a_trained_base():
+    """The demo's base predicts epsilon. Its answers in v, (eps - b x) / a, are recognised too."""
+    model = load_model(ModelTable(base=str(MODELS / "base")))
+    abar = alphas_cumprod(model.scheduler)[-1]
+    context = model.text.encode(model.text.tokenize([""]))
+
+    def in_v(x, t, c):
+        return (model.unet(x, t, c) - (1 - abar).sqrt() * x) / abar.sqrt()
+
+    for unet, expected in ((model.unet, "epsilon"), (in_v, "v_prediction")):
+        assert prediction_of(unet, model.scheduler, context, 4) == expected
 
 
 def test_a_file_that_does_not_say_what_it_predicts(tmp_path, monkeypatch):

@@ -33,6 +33,12 @@ def clock(monkeypatch):
     return clock
 
 
+def test_more_than_all_leaves_no_time(clock):
+    work = console.Work("encoding", 20, "images")
+    work.set(30, 20, 2.0, "")
+    assert work.seconds_left() == 0
+
+
 @pytest.fixture
 def plain():
     return Console(file=io.StringIO(), force_terminal=False, width=200)
