@@ -29,6 +29,7 @@ from torch import Tensor
 from fastsd.errors import UserError
 
 SD15_SCALING_FACTOR = 0.18215
+SHIFTS = {0.3611: 0.1159, 1.5305: 0.0609}  # of Flux.1's and SD3's VAE, by their factors
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from model_files import original_vae_name
 from sentences import refused, says
 from tiny import make_wide_model, tiny_vae, wide_vae
 
@@ -17,7 +18,7 @@ from fastsd.model.formats.write import write_single_file
 from fastsd.model.latent_space import SD15_SCALING_FACTOR, LatentSpace
 from fastsd.model.vae import Vae
 from fastsd.sampling.generate import denoise
-from fastsd.storage import TensorFile
+from fastsd.storage import TensorFile, write_safetensors
 
 MEAN, STD = [0.5, -1.0, 0.25, 3.0], [2.0, 0.5, 1.0, 4.0]
 STATISTICS = {"latents_mean": MEAN, "latents_std": STD}
@@ -112,6 +113,36 @@ def test_diffusers_draws_our_image_from_16_channels(sixteen):
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "width": 32, "height": 32, "output_type": "np"}
     posterior = pipeline("a red circle", latents=eps, **options).images[0]
     assert np.abs(folded_posterior.numpy() - posterior).max() <= 1e-4
+
+
+def test_the_file_of_flux1_as_published(tmp_path):
+    """Names and shapes are those of the original code: 1x1 convolutions in the attention, none beside the latents."""
+    module = wide_vae(groups=32, width=32)
+    state = {original_vae_name(name, 2): tensor for name, tensor in module.state_dict().items()}
+    projections = {
+        f"{part}.mid.attn_1.{name}.weight" for part in ("encoder", "decoder") for name in ("q", "k", "v", "proj_out")
+    }
+    assert projections < state.keys() and not any("quant_conv" in name for name in state)
+    assert {"encoder.down.0.downsample.conv.weight", "decoder.up.1.upsample.conv.bias", "decoder.norm_out.bias"} < state.keys()
+    state |= {name: state[name][:, :, None, None] for name in projections}
+    write_safetensors(tmp_path / "ae.safetensors", state)
+    table = ModelTable(base="", vae=str(tmp_path / "ae.safetensors"))
+    vae = load_vae(table)
+    assert vae.latent_space == LatentSpace(0.3611, 0.1159) and vae.channels == 16
+    assert all(torch.equal(tensor, vae.module.state_dict()[name]) for name, tensor in module.state_dict().items())
+    images, latents = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 16, 8, 8)
+    torch.testing.assert_close(vae.encode(images), module.encode(images).latent_dist.mean)
+    decoded = module.decode(latents / 0.3611 + 0.1159).sample.clamp(-1, 1)
+    torch.testing.assert_close(vae.decode(latents), decoded)
+    assert load_vae(table.model_copy(update={"vae_scaling_factor": 1.5305})).latent_space == LatentSpace(1.5305, 0.0609)
+
+
+@pytest.mark.parametrize("channels", [4, 32])
+def test_other_files_without_these_convolutions_are_refused(channels, tmp_path):
+    state = {original_vae_name(name, 2): tensor for name, tensor in wide_vae(channels).state_dict().items()}
+    write_safetensors(tmp_path / "vae.safetensors", state)
+    with refused("single-file-no-vae", path=tmp_path / "vae.safetensors"):
+        load_vae(ModelTable(base="", vae=str(tmp_path / "vae.safetensors")))
 
 
 def flux2_vae():

@@ -28,11 +28,11 @@ def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int 
     )
 
 
-def wide_vae(channels: int = 16):
+def wide_vae(channels: int = 16, **sizes: int):
     """Make a VAE of many channels with a scale, a shift and no 1x1 convolutions, as SD3's and Flux.1's."""
     from diffusers import AutoencoderKL
 
-    config = {key: value for key, value in tiny_vae(channels).config.items() if not key.startswith("_")}
+    config = {key: value for key, value in tiny_vae(channels, **sizes).config.items() if not key.startswith("_")}
     torch.manual_seed(2)
     space = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
     return AutoencoderKL(**config | space | {"use_quant_conv": False, "use_post_quant_conv": False})

@@ -24,7 +24,7 @@ from fastsd.model.formats.model_source import ComponentFiles, find_tokenizer, lo
 from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
-from fastsd.model.latent_space import LatentSpace
+from fastsd.model.latent_space import SHIFTS, LatentSpace
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
 from fastsd.model.model import Model, usable_scheduler
 from fastsd.model.shapes import check_text_to_image
@@ -184,6 +184,8 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
         )
     if table.vae_scaling_factor is not None:
         config["scaling_factor"] = table.vae_scaling_factor
+        if source.is_file() and "shift_factor" in config:
+            config["shift_factor"] = SHIFTS.get(table.vae_scaling_factor, config["shift_factor"])
 
     module = empty_component("vae", config, component.config_file)
     LatentSpace.of(config, component.config_file)

@@ -26,6 +26,8 @@ V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that mark these sett
 _VAE_TOPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # Settings that do not follow from any tensor.
 _VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32}
+# The VAE of Flux.1 (ae.safetensors). Only SD3's has the same shapes.
+_FLUX1 = {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 _TEXT_CONFIG = {
     "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "projection_dim": 768,
 }  # fmt: skip
@@ -210,7 +212,11 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
 
 
 def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
-    if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
+    has_convolutions = "quant_conv.weight" in state or "post_quant_conv.weight" in state
+    last = "post_quant_conv.weight" if has_convolutions else "decoder.conv_in.weight"
+    is_complete = {"encoder.conv_in.weight", last} <= state.keys()
+    channels = _dimension(state, last, 1, path) if is_complete else 0
+    if not is_complete or (not has_convolutions and channels != 16):
         raise UserError("single-file-no-vae", f"{path}: no complete AutoencoderKL; give a VAE or a complete SD1.5 model file")
     has_diffusers_names = any(name.startswith("encoder.down_blocks.") for name in state)
     conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if has_diffusers_names else "encoder.down.{}.block.{}.conv1.weight"
@@ -220,9 +226,9 @@ def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
     layers = 0
     while conv1.format(0, layers) in state:
         layers += 1
-    channels = _dimension(state, "post_quant_conv.weight", 1, path)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths)}
-    return _VAE_CONFIG | blocks | {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": channels}
+    sizes = {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": channels}
+    return _VAE_CONFIG | blocks | sizes | ({} if has_convolutions else _FLUX1)
 
 
 def _text_config(state: Tensors, path: Path) -> dict[str, Any]:
