@@ -2,8 +2,9 @@
 
 RUN/snapshots/step-00001000.safetensors     the power-function averages of a stage after a step of the run
 
-A snapshot holds the averages in fewer bits ("COMPONENT@AVERAGE/KEY", as in a checkpoint), and in its metadata what each of
-them averages. A resumed run writes the same bits again, so its start deletes the snapshots of later steps.
+A snapshot holds the averages in fewer bits ("COMPONENT@AVERAGE/KEY", as in a checkpoint), and in its metadata what each of them
+averages, and a hash of both. A file that is damaged anywhere is left out of averages. A resumed run writes the same bits again,
+so its start deletes the snapshots of later steps.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
 from fastsd.errors import UserError
 from fastsd.run.checkpoint import by_average
 from fastsd.run.folder import step_of
 from fastsd.storage import TensorFile, make_folder, new_file, write_safetensors
+from fastsd.terminal.console import counted
 from fastsd.train.averages import Profile
 
 SNAPSHOTS = "snapshots"
-_PROFILES = "averages"  # key of the metadata
+_PROFILES, _HASH = "averages", "xxh3_128"  # keys of the metadata
 
 
 class Averaged(NamedTuple):
@@ -66,13 +69,24 @@ def write_snapshot(run: Path, state: Mapping[str, Tensor], dtype: torch.dtype, s
         OSError: the disk is full or the folder is not writable.
     """
     path, tensors = path_of(run, step), {name: tensor for name, tensor in state.items() if "/" in name}
-    averaged = {name: list(values) for name, values in averaged_of(state, first_step).items()}
+    averaged = json.dumps({name: list(values) for name, values in averaged_of(state, first_step).items()})
     if any(tensor.abs().max() > torch.finfo(dtype).max for tensor in tensors.values()):
         dtype = torch.float32
     make_folder(path.parent)
+    metadata = {_PROFILES: averaged, _HASH: _hash_of(averaged, tensors, dtype)}
     with new_file(path) as temporary:
-        write_safetensors(temporary, tensors, {_PROFILES: json.dumps(averaged)}, dtype)
+        write_safetensors(temporary, tensors, metadata, dtype)
     return path
+
+
+def _hash_of(averaged: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Return a hash of a snapshot's contents, as they are if the tensors are stored in a dtype."""
+    digest = xxhash.xxh3_128(averaged.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().to(dtype=dtype)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Snapshot(NamedTuple):
@@ -86,11 +100,15 @@ class Snapshot(NamedTuple):
 
 
 def snapshots(run: Path) -> tuple[list[Snapshot], list[str]]:
-    """Return the snapshots of a run, oldest first, and a warning for each that is damaged."""
+    """Return the snapshots of a run, oldest first, and a warning for each that is damaged. All of them are read."""
     complete, problems = list[Snapshot](), list[str]()
-    for path in sorted((run / SNAPSHOTS).glob("step-*.safetensors")):
+    for path in counted("checking", sorted((run / SNAPSHOTS).glob("step-*.safetensors")), "snapshots"):
         try:
-            table = json.loads(TensorFile(path).metadata[_PROFILES])
+            file = TensorFile(path)
+            text = file.metadata[_PROFILES]
+            if file.metadata.get(_HASH) not in (None, _hash_of(text, file)):  # earlier versions wrote none
+                raise ValueError(path)
+            table = json.loads(text)
             complete.append(Snapshot(path, {name: Averaged(*values) for name, values in table.items()}))
         except (OSError, UserError, ValueError, KeyError, TypeError):
             problems.append(f"{path} is damaged and left out; the average will be less exact")

@@ -135,7 +135,7 @@ def content_key(unet: UNet, scheduler: Mapping[str, Any]) -> str:
     for name, parameter in sorted(parameters.items()):
         if ADAPTER not in name:
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            digest.update(parameter.detach().float().contiguous().flatten().numpy())
+            digest.update(parameter.detach().float().flatten().numpy().data)
     return digest.hexdigest()
 
 

@@ -24,6 +24,7 @@ from fastsd.run.loop import train
 from fastsd.run.restart import read_config
 from fastsd.storage import write_safetensors
 from fastsd.terminal.console import Console
+from fastsd.train.averages import power_of
 
 STAGE = """
 [[stage]]
@@ -137,6 +138,31 @@ def test_a_resumed_run_has_the_same_averages_and_snapshots(finished, copy, tmp_p
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
 
 
+def test_averages_follow_the_exact_weights_over_changes_of_precision(tmp_path, small_model, images):
+    """fp32, bf16 and fp32 again, changed at resumes. Each step's average is that of the masters. Resuming changes no bit."""
+    keys = LENGTHS, "stage.one.ema_snapshots=3", "stage.one.checkpoint_every=1", "stage.one.keep_checkpoints=9", *LIGHT
+    parts = (3, "fp32"), (6, "bf16"), (9, "fp32")
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    path = job(tmp_path, small_model, images, STAGE)
+    for until, precision in parts:
+        for folder in folders:
+            for step in (None, until - 2) if folder.name == "resumed" else (None,):
+                if step:
+                    rewind(folder, step)
+                run(path, f"run={folder}", f"stage.one.until={until}", f"stage.one.precision={precision}", *keys)
+    assert same(*map(final, folders))
+    stored = [{file.name: file.read_bytes() for file in (folder / "snapshots").iterdir()} for folder in folders]
+    assert stored[0] == stored[1] and stored[0]
+    steps, name = checkpoints(folders[0] / "checkpoints"), "conv_in.weight"
+    weights = [load_file(step / "unet" / "diffusion_pytorch_model.safetensors")[name].double() for step in steps]
+    for length in (0.05, 0.1):
+        kept = [averages_of(step)[f"ema-{length}"]["unet"][name].double() for step in steps]
+        for t in range(2, 10):
+            beta = (1 - 1 / t) ** (power_of(length) + 1)
+            torch.testing.assert_close(kept[t - 1], beta * kept[t - 2] + (1 - beta) * weights[t - 1], rtol=1e-6, atol=1e-7)
+        assert not any(torch.equal(average, average.bfloat16().double()) for average in kept)
+
+
 def test_other_lengths_may_be_enabled_in_the_middle(copy, tmp_path, small_model, images):
     """The new average starts there, so it is as long as a share of its own steps; those of earlier lengths end."""
     path = job(tmp_path, small_model, images, STAGE)
@@ -179,9 +205,15 @@ def test_what_cannot_be_averaged_is_refused(finished, copy, tmp_path, small_mode
         averaged(copy, 0.07)
 
 
-def test_a_damaged_snapshot_is_left_out(copy, tmp_path):
+@pytest.mark.parametrize("kind", ["cut", "one bit of a weight", "one digit of a count"])
+def test_a_damaged_snapshot_is_left_out(kind, copy, tmp_path):
     path = copy / "snapshots" / "step-00000012.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
+    data = bytearray(path.read_bytes())
+    if kind == "one bit of a weight":
+        data[-101] ^= 1
+    elif kind == "one digit of a count":
+        data[data.index(b" 12, ") + 2] ^= 4
+    path.write_bytes(data[:100] if kind == "cut" else data)
     out = averaged(copy, 0.07, tmp_path / "made")
     assert says(out, "snapshot-damaged", path=path) and says(out, "average-made", count=22)
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from commandline import fastsd
 from dataset import DataSet, picture, png
 from diffusers import AutoencoderKL
+from model_files import spoil
 from PIL import Image
 from sentences import says
 from tiny import tiny_vae
@@ -18,7 +21,8 @@ from tiny import tiny_vae
 from fastsd.commands import redraw
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.data.cache import LatentCache
-from fastsd.model.formats.load import load_vae
+from fastsd.model.formats.load import load_model, load_vae, write_rest
+from fastsd.model.latent_space import LatentSpace
 from fastsd.model.model import SD15_SCHEDULER
 from fastsd.sampling.generate import denoise, to_image
 from fastsd.train.objective import alphas_cumprod
@@ -197,6 +201,28 @@ def test_images_start_from_latents_of_the_models_own_vae(data, redrawn, tmp_path
     data.run("cache", key)
     for start in (0, 300):
         assert says(redrawn("x", key, "--start", start, code=2)[1], "validate-no-latents")
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_a_normalised_vae_has_its_own_space(start, data, redrawn, tiny_model, tmp_path, monkeypatch):
+    """It decodes what the plain VAE decodes, and starts from latents that it has scaled itself. The cache stays valid."""
+    folder = Path(spoil(tiny_model, tmp_path / "normalised", lambda _: None))
+    model = load_model(ModelTable(base=str(folder)))
+    plain = model.vae.latent_space
+    model.vae.set_latent_space(LatentSpace(1.0, 0.0, (0.3, -0.2, 0.1, 0.0), (2.0, 0.5, 3.0, 4.0)))
+    shutil.rmtree(folder / "vae")
+    write_rest(folder, model)
+    starts = []
+    monkeypatch.setattr(redraw, "denoise", lambda *args: starts.append(args[5]) or args[5])
+    files, _ = redrawn("out", "--start", start, model=folder)
+    with closing(LatentCache.open(data.cache)) as latents:
+        raw = latents.get(range(COUNT))["latents"].float()
+    expected = model.vae.decode(model.vae.scale(raw))
+    if start:
+        torch.testing.assert_close(torch.cat(starts), model.vae.scale(raw), rtol=0, atol=0)
+        assert not torch.allclose(torch.cat(starts), plain.scale(raw))
+    for i, image in enumerate(expected):
+        assert abs(pixels(files, f"{i:08d}.png") - np.asarray(to_image(image)).astype(int)).max() <= 1
 
 
 def test_latents_of_another_size_are_refused(data, redrawn, tmp_path, tiny_model):

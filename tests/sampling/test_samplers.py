@@ -14,7 +14,7 @@ from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.formats.load import load_model
 from fastsd.model.model import SD15_SCHEDULER, usable_scheduler
 from fastsd.sampling.generate import denoise, generate, rescale_guidance
-from fastsd.sampling.samplers import make_sampler
+from fastsd.sampling.samplers import FLOW_SAMPLERS, make_sampler
 from fastsd.train.objective import alphas_cumprod
 
 CLASSES = {
@@ -132,6 +132,19 @@ def test_samplers_of_flows(sampler, shift, start):
     )
     assert calls[0] == (start or (999 if sampler == "dpm++" else 1000)) and calls == sorted(calls, reverse=True)
     assert (result - image).abs().max() < 0.02  # DPM++ rounds timesteps
+
+
+@pytest.mark.parametrize("start", [0, 300])
+@pytest.mark.parametrize("flow, sampler", [(False, name) for name in CLASSES] + [(True, name) for name in FLOW_SAMPLERS])
+def test_counting_the_steps_changes_no_bit(sampler, flow, start, monkeypatch):
+    """Samplers of flows are told their first step, and others are not. Both give what a search by timestep gives."""
+    scheduler = flow_scheduler(SD15_SCHEDULER, 3.0) if flow else SD15_SCHEDULER
+    latents = torch.linspace(-1, 1, 64).view(1, 4, 4, 4) if start else None
+    *_, result = drawn(sampler, scheduler, 20, latents, start)
+    told, scheduler_class = [], type(make_sampler(sampler, scheduler, 20, torch.device("cpu")))
+    monkeypatch.setattr(scheduler_class, "set_begin_index", lambda self, index=0: told.append(index), raising=False)
+    *_, searched = drawn(sampler, scheduler, 20, latents, start)
+    assert torch.equal(searched, result) and told == ([0] if flow else [])
 
 
 def test_a_flow_may_have_timesteps_twice():
