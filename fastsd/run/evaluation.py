@@ -30,7 +30,7 @@ from fastsd.sampling.generate import BATCH, draw_share
 from fastsd.sampling.grid import grid, save_grid
 from fastsd.sampling.prompts import ImageSettings, batches_of, images_of
 from fastsd.storage import make_folder
-from fastsd.train.ranks import ALONE, Ranks
+from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
 from fastsd.train.step import Step
 
 Result = TypeVar("Result")
@@ -67,8 +67,6 @@ class Evaluation:
 
     def sample(self, step: Step, stop: StopSignals | None = None) -> None:
         """Draw the config's sample grid with the current weights, or one with each average. A signal ends the drawing."""
-        if self.config.sample.weights == "ema":
-            step.collect_averages()
         for path, weights in self._grid_paths().items():
             self._draw(step, path, weights, stop)
 
@@ -88,7 +86,7 @@ class Evaluation:
             images = images_of(config.sample, size)
             return (grid(_collected(shares, images, batch), images, config.sample.images), len(images)) if images else None
 
-        result = self._attempt(draw, arrange, BATCH, "sampling", step, stop)
+        result = self._attempt(draw, arrange, BATCH, "sampling", step, stop, averaged=weights != "model")
         if result is None:
             return
         sheet, count = result
@@ -115,7 +113,6 @@ class Evaluation:
         """
         if not self.sets.measured:
             return
-        step.collect_averages()
         progress = self.position.progress
         shape: tuple[int, ...] = ()
         kinds = ("raw", *self.config.stage[progress.stage].averages)
@@ -131,7 +128,7 @@ class Evaluation:
             # Each value is one rank's, and 0 of the others.
             return self.validation.summary(torch.stack(tensors).sum(dim=0), kinds)
 
-        rows = self._attempt(measure, summarize, self.config.validate_.batch, "validation", step, stop)
+        rows = self._attempt(measure, summarize, self.config.validate_.batch, "validation", step, stop, averaged=True)
         if rows:
             stage = self.config.stage_name(progress.stage)
             self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
@@ -144,6 +141,8 @@ class Evaluation:
         task: str,
         step: Step,
         stop: StopSignals | None,
+        *,
+        averaged: bool,
     ) -> Result | None:
         """Do this rank's share of a task, and combine the shares on rank 0.
 
@@ -153,6 +152,7 @@ class Evaluation:
         Args:
             work: called with a number of images per forward. It returns the rank's share.
             combine: called on rank 0 with the shares of all ranks, and with that number.
+            averaged: True if the task needs the averages of all weights.
 
         Returns:
             The result of `combine`; None on other ranks, or if a rank has failed or been stopped.
@@ -161,6 +161,11 @@ class Evaluation:
         for images, free in ((batch, False), (1, False), (1, True)):
             if free:
                 step.free_graphs()
+            try:
+                if averaged:
+                    step.collect_averages()
+            except RanksOutOfMemory:
+                continue
             share, problem = _share(work, images, step, stop)
             if problem == _MEMORY:
                 gc.collect()  # the error has ended, and with it the tensors that its traceback refers to

@@ -174,22 +174,33 @@ def _save(run: Run, train_step: Step, log: Log, *, keep: bool = False, wait: boo
 
 
 def _saved_if_unreadable(run: Run, train_step: Step, log: Log, batches: Stream) -> Iterator[Batch]:
-    """Yield the batches. If the cache cannot be read, save a checkpoint before the error ends the run."""
-    try:
-        yield from batches
-    except UserError:
-        if not run.saving.is_saved and not train_step.sharded:  # the other ranks do not save their shares now
-            _save(run, train_step, log)
-        raise
+    """Yield the batches. If a rank cannot read the cache, save a checkpoint before its error ends the run on all."""
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except UserError as problem:
+            error = problem
+        if shared := run.ranks.error(error):
+            _save_at_end(run, train_step, log)
+            raise shared
+        if batch is None:
+            return
+        yield batch
 
 
-def _stopped(run: Run, train_step: Step, log: Log) -> Exception:
-    """Save a checkpoint, unless this step has one, and return the exception that ends the run."""
+def _save_at_end(run: Run, train_step: Step, log: Log) -> None:
+    """Save a checkpoint, unless this step has one, before all ranks end."""
     (unsaved,) = run.ranks.decided([not run.saving.is_saved])
     if unsaved:
         _check_ranks(run, train_step)
         _save(run, train_step, log, wait=True)
     run.ranks.wait()  # when one rank ends, torchrun ends the others: rank 0 in the middle of its checkpoint
+
+
+def _stopped(run: Run, train_step: Step, log: Log) -> Exception:
+    """Save a checkpoint, unless this step has one, and return the exception that ends the run."""
+    _save_at_end(run, train_step, log)
     step = run.position.progress.step
     if run.saving.is_saved:
         return Stopped(f"{run.folder}: stopped at step {step}")

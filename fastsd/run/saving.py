@@ -32,7 +32,7 @@ from fastsd.run.snapshots import SNAPSHOTS, remove_later, write_snapshot
 from fastsd.storage import replace_file
 from fastsd.terminal.texts import size_text
 from fastsd.train.memory import main_memory
-from fastsd.train.ranks import ALONE, Ranks
+from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
 from fastsd.train.step import Step
 from fastsd.train.trainable import host_copy
 
@@ -119,7 +119,10 @@ class Saving:
         self.finish()
         complete = self.position.progress.stage_done
         optimizers = not complete or self._continues(self.position.progress)
-        step_state = step.state_dict(optimizers=optimizers) if self.ranks.main or step.sharded else {}
+        try:
+            step_state = step.state_dict(optimizers=optimizers) if self.ranks.main or step.sharded else {}
+        except RanksOutOfMemory as error:
+            return self._warn(self.position.progress, self.changed, str(error))
         if not self.ranks.main:
             self._saved_step, self.changed = self.position.progress.step, set()
             if self._passes_on(self.position.progress):
@@ -138,7 +141,7 @@ class Saving:
         try:
             self.report.flush()
         except OSError as error:
-            return self._warn(progress, content, error)
+            return self._warn(progress, content.changed, error.strerror or str(error))
 
         progress = replace(progress, logs=self.report.digests())
         args = progress, content, step.stage.keep_checkpoints
@@ -160,14 +163,15 @@ class Saving:
     def snapshot(self, step: Step) -> None:
         """Store the averages after the latest step, for `fastsd average`. If this fails, warn and go on."""
         progress = self.position.progress
-        state = step.average_state() if self.ranks.main or step.sharded else {}
-        if not self.ranks.main:
-            return
         try:
-            write_snapshot(self.folder, state, DTYPE[step.stage.ema_snapshot_dtype], progress.step, progress.first_averaged)
-        except OSError as error:
+            state = step.average_state() if self.ranks.main or step.sharded else {}
+            if self.ranks.main:
+                dtype = DTYPE[step.stage.ema_snapshot_dtype]
+                write_snapshot(self.folder, state, dtype, progress.step, progress.first_averaged)
+        except (OSError, RanksOutOfMemory) as error:
+            reason = getattr(error, "strerror", None) or error
             self.report.console.warn(
-                f"averages after step {progress.step} not stored in {self.folder / SNAPSHOTS}: {error.strerror or error}; "
+                f"averages after step {progress.step} not stored in {self.folder / SNAPSHOTS}: {reason}; "
                 "training continues, and averages of other lengths will be less exact"
             )
 
@@ -224,7 +228,7 @@ class Saving:
             )
             path = checkpoint.save(*args, config=dump_config(self.config), keep=keep)
         except OSError as error:
-            return self._warn(progress, content, error)
+            return self._warn(progress, content.changed, error.strerror or str(error))
         self._saved_step = progress.step
         self.report.saved()
         if progress.stage_done:
@@ -234,10 +238,10 @@ class Saving:
             self.cost.record(progress, self.report.console)
         self.retain(keep_checkpoints)
 
-    def _warn(self, progress: RunProgress, content: Content, error: OSError) -> None:
-        self.changed.update(content.changed)
+    def _warn(self, progress: RunProgress, changed: set[str], reason: str) -> None:
+        self.changed = self.changed | changed
         self.report.console.warn(
-            f"checkpoint at step {progress.step} not saved to {self.folder / 'checkpoints'}: {error.strerror or error}; "
+            f"checkpoint at step {progress.step} not saved to {self.folder / 'checkpoints'}: {reason}; "
             "training continues and earlier checkpoints are kept"
         )
 

@@ -9,7 +9,8 @@ with the values that change between steps, and results are cloned before the nex
 
 With several ranks, the exchange of gradients and weights is part of the step, and so of its graph.  NCCL's operations can be
 captured, and PyTorch keeps its watchdog away from them.  But an operation must be captured on all ranks or on none, so the
-ranks agree before each call: eager if one of them needs it, else a capture if one of them needs it, else a replay.
+ranks agree before each call: eager if one of them needs it, else a capture if one of them needs it, else a replay.  A capture
+executes nothing, so a rank that fails in it leaves at once, and all ranks agree on its end.
 
 Sources: PyTorch's notes on CUDA semantics, "Whole-network capture"; NCCL user guide, "Using NCCL with CUDA Graphs".
 """
@@ -33,6 +34,10 @@ WARM_UP = 3  # number of eager calls with a shape before its capture
 _REPLAY, _CAPTURE, _EAGER = range(3)
 
 
+class CaptureFailed(RuntimeError):
+    """Raised by all ranks together if one of them cannot capture a step. From then on, all calls are eager."""
+
+
 @dataclass
 class _Capture:
     graph: torch.cuda.CUDAGraph
@@ -47,7 +52,7 @@ class Graphs:
 
     Args:
         ranks: the ranks that call the function together, on the same shapes.
-        warn: called with a line of text if the ranks cannot capture it. From then on, all calls are eager.
+        warn: called with a line of text if the ranks cannot capture it.
     """
 
     def __init__(self, ranks: Ranks = ALONE, warn: Callable[[str], None] = print) -> None:
@@ -65,6 +70,10 @@ class Graphs:
         Args:
             function: takes tensors on the current GPU, or None, and returns a tuple of tensors. During capture it must not read
                 device values or allocate memory that must outlive a call. In the eager calls it may do both.
+
+        Raises:
+            CaptureFailed: the ranks cannot capture the function. Nothing was executed; the next calls are eager.
+            RanksOutOfMemory: memory has run out on a rank during the capture. All ranks raise it.
         """
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         if self._disabled:
@@ -73,9 +82,11 @@ class Graphs:
         action = self._ranks.most(_REPLAY if key in self._captures else _CAPTURE if calls >= WARM_UP else _EAGER)
         if action != _REPLAY and (action == _EAGER or key in self._captures) and self._captures:
             self.free()  # eager calls allocate their activations outside the pool, where the graphs' still lie
-        if action == _EAGER or (action == _CAPTURE and not self._captured(key, function, tensors)):
+        if action == _EAGER:
             self._calls[key] += 1
             return self._run_eagerly(function, *tensors)
+        if action == _CAPTURE:
+            self._captures[key] = self._captured(function, tensors)
 
         capture = self._captures[key]
         for buffer, tensor in zip(capture.inputs, tensors, strict=True):
@@ -89,23 +100,25 @@ class Graphs:
             result.copy_(output)
         return results
 
-    def _captured(self, key: _Key, function: Function, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Capture the function. Return False, after a warning, if that fails on one of several ranks."""
-        reason = ""
+    def _captured(self, function: Function, tensors: tuple[Tensor | None, ...]) -> _Capture:
+        """Capture the function on all ranks, or on none."""
+        memory, reason = None, ""
         try:
-            self._captures[key] = self._capture(function, tensors)
+            capture = self._capture(function, tensors)
         except Exception as error:
-            if self._ranks.world == 1 or out_of_memory(error) is not None:
+            if self._ranks.world == 1:
                 raise
-            reason = str(error).splitlines()[0]
-        if self._ranks.any_rank(reason):
+            memory, reason = out_of_memory(error), (str(error) or type(error).__name__).splitlines()[0]
+        self._ranks.memory_is_enough(memory)
+        if problem := self._ranks.problem(reason):
+            rank, reason = problem
             self._disabled = True
-            self.free()
             self._warn(
-                f"steps of {self._ranks.world} ranks cannot be captured as CUDA graphs, so small batches train slower: "
-                f"{reason or 'another rank has failed'}"
+                f"steps of {self._ranks.world} ranks cannot be captured as CUDA graphs, so small batches train slower "
+                f"(rank {rank}: {reason})"
             )
-        return not self._disabled
+            raise CaptureFailed(reason)
+        return capture
 
     def _run_eagerly(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         # Use the stream of the capture, because autograd's leaves remember the stream of their first use.

@@ -7,8 +7,8 @@ depend on sample positions only, so every N that divides the batch has the same 
 optimizer state and the EMA are the same on all ranks.  They start from the same files and receive the same sums of gradients
 (`gradient_sums.py`), so nothing else is sent:
 
-    per step        the gradients, the loss, and three small messages between the hosts: whether memory has run out, what is
-                    due, and whether to stop
+    per step        the gradients, the loss, and four small messages between the hosts: whether a rank cannot read its batch,
+                    whether memory has run out, what is due, and whether to stop
     rank 0          writes the run's folder: it logs, saves and exports
     other ranks     run the same code, but write and print nothing
     evaluation      each rank makes its share of the UNet calls of validation and samples, and rank 0 puts them together
@@ -18,8 +18,17 @@ Decisions that a clock, a file or a signal brings about are made at the end of a
 (`any_rank`).  All others follow from numbers that are equal on all ranks.
 
 When a rank ends with an error, it prints one sentence.  The others notice that its connections are closed, end without one, and
-torchrun ends what is left (`rank_ends.py`).  A rank that hangs ends the run after `TIMEOUT`.  If memory runs out on a rank, it
-still takes part in the sums of its step, which all ranks then repeat with a smaller micro-batch.
+torchrun ends what is left (`rank_ends.py`).  A rank that hangs ends the run after `TIMEOUT`.  All ranks must know of an error
+after which one goes on, because they would otherwise wait for messages that it does not send:
+
+    memory runs out in a step       the rank still takes part in the sums, and all repeat the step with a smaller micro-batch
+    in a capture                    nothing is sent in it; all repeat the step in the same way
+    at the start of a stage         all end
+    for sharded state that is       all allocate before one sends: the evaluation or the checkpoint is skipped
+      gathered
+    a capture fails                 all go on without graphs
+    a batch cannot be read          all save a checkpoint and end
+    validation, samples             all skip them
 
 Without torchrun, or with one rank, nothing here imports torch.distributed.
 """
@@ -38,7 +47,7 @@ import torch
 from torch import Tensor
 
 from fastsd.config.stages import StageTable
-from fastsd.errors import Stopped, UserError
+from fastsd.errors import Stopped, UserError, out_of_memory
 from fastsd.train.rank_ends import RankEnds
 
 if TYPE_CHECKING:
@@ -102,6 +111,40 @@ class Ranks:
         values = self._combined(numbers, "SUM").tolist() if self.world > 1 else [number]
         usual = max(values, key=values.count)
         return [rank for rank, value in enumerate(values) if value != usual]
+
+    def problem(self, text: str | None) -> tuple[int, str] | None:
+        """Return the first rank that has a problem, and its text. Return None if no rank has one."""
+        if not self.any_rank(text):
+            return None
+        texts = enumerate(self.gathered((text or "").encode()))
+        return next((rank, data.decode()) for rank, data in texts if data)
+
+    def error(self, error: UserError | None) -> UserError | None:
+        """Return the error of the first rank that has one, so that all can end with it."""
+        problem = self.problem(f"{error.code}\0{error.message}" if error else None)
+        return UserError(*problem[1].split("\0", 1)) if problem else None
+
+    def memory_is_enough(self, problem: str | None) -> None:
+        """Raise RanksOutOfMemory on all ranks if memory has run out on one of them, whose `problem` says so."""
+        if told := self.problem(problem):
+            raise RanksOutOfMemory(f"rank {told[0]}: {told[1]}")
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Allocate memory on all ranks before they send anything.
+
+        Raises:
+            RanksOutOfMemory: memory has run out on a rank. All ranks raise it.
+        """
+        problem = None
+        try:
+            yield
+        except Exception as error:
+            problem = out_of_memory(error)
+            if problem is None or self.world == 1:
+                raise
+        if self.world > 1:
+            self.memory_is_enough(problem)
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

@@ -77,10 +77,14 @@ class Shards:
 
         Args:
             out: tensor of `empty` to write to; None = a new one.
+
+        Raises:
+            RanksOutOfMemory: memory has run out on a rank. All ranks raise it.
         """
         keeps = everywhere or self.ranks.main
-        whole = self.empty(dtype=tensors[0].dtype, everywhere=everywhere) if out is None else out
-        received = tensors[0].new_empty(self.chunk)
+        with self.ranks.allocating():
+            whole = self.empty(dtype=tensors[0].dtype, everywhere=everywhere) if out is None else out
+            received = tensors[0].new_empty(self.chunk)
         for chunk, piece in zip(self.chunks, tensors, strict=True):
             gathered = received[: chunk.stop - chunk.start]
             self.ranks.finish([self.ranks.gather(gathered, piece)])

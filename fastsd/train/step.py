@@ -19,14 +19,14 @@ from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS, StageTable
 from fastsd.data.loader import Batch
-from fastsd.errors import UserError, out_of_memory
+from fastsd.errors import memory_error, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
 from fastsd.train.averages import PowerDecays
 from fastsd.train.checksums import bit_sum
 from fastsd.train.flow import Teacher, objective_of
 from fastsd.train.gradient_sums import GradientSums
-from fastsd.train.graph import Graphs
+from fastsd.train.graph import CaptureFailed, Graphs
 from fastsd.train.memory import count_failed_allocations
 from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
 from fastsd.train.ranks import ALONE, Ranks, RanksOutOfMemory
@@ -143,12 +143,13 @@ class Step:
                     self.canary_errors += self._shards.any_rank(differs) if self._shards else differs
                 return result
             except Exception as error:
-                problem = out_of_memory(error)
-                if problem is None:
+                problem, shared = out_of_memory(error), isinstance(error, RanksOutOfMemory)
+                if problem is None and not isinstance(error, CaptureFailed):
                     raise
-                shared = isinstance(error, RanksOutOfMemory)
             # Here the error is gone, and with it the activations that its traceback refers to.
-            self._reduce_micro_batch(problem, shared=shared)
+            self._discard_step()
+            if problem is not None:
+                self._reduce_micro_batch(problem, shared=shared)
 
     def _has_canary(self, step: int) -> bool:
         return self.stage.canary_every > 0 and (step + 1) % self.stage.canary_every == 0
@@ -219,7 +220,7 @@ class Step:
         Raises:
             RanksOutOfMemory: memory has run out on a rank. All ranks raise it, and no weight has changed.
         """
-        if self._sums is None:
+        if self._sums is None or (self._graphs and self._graphs.capturing):  # whose end the ranks agree on
             return self._accumulate_share(inputs)
         problem: str | None = None
         try:
@@ -230,9 +231,7 @@ class Step:
                 raise
         if problem is not None:  # and the activations are gone, to which the error's traceback refers
             self._sums.abandon()
-        if self.ranks.any_rank(problem):
-            problems = enumerate(self.ranks.gathered((problem or "").encode()))
-            raise RanksOutOfMemory(next(f"rank {rank}: {text.decode()}" for rank, text in problems if text))
+        self.ranks.memory_is_enough(problem)
         return loss
 
     def _accumulate_share(self, inputs: StepInputs) -> Tensor:
@@ -289,16 +288,15 @@ class Step:
         Args:
             shared: True if all ranks do so.
         """
-        self._discard_step()
         smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.images % n == 0]
         if self._weights_touched or (self._graphs and self._graphs.replayed):
-            raise _memory_error("while weights were updated", reason)
+            raise memory_error("while weights were updated", reason)
         if self._fused:
-            raise _memory_error("with fused_backward, which cannot split the batch", reason)
+            raise memory_error("with fused_backward, which cannot split the batch", reason)
         if self.ranks.world > 1 and not shared:
-            raise _memory_error(f"on rank {self.ranks.rank}, with {self.micro_batch_size} images per forward", reason)
+            raise memory_error(f"on rank {self.ranks.rank}, with {self.micro_batch_size} images per forward", reason)
         if not smaller_sizes:
-            raise _memory_error("even with one image per forward", reason)
+            raise memory_error("even with one image per forward", reason)
         self.warn(
             f"out of memory with {self.micro_batch_size} images per forward: continuing with {smaller_sizes[-1]}, batch stays "
             f"{self.stage.batch}; set micro_batch = {smaller_sizes[-1]} to use this from the start"
@@ -311,7 +309,7 @@ class Step:
             problem = out_of_memory(error)
             if problem is None:
                 raise
-            raise _memory_error("for gradients in fp32", problem) from None
+            raise memory_error("for gradients in fp32", problem) from None
 
     def _discard_step(self) -> None:
         """Discard an unfinished step and free its memory."""
@@ -439,11 +437,3 @@ class Step:
         if stage.freeze_d_after:
             optimizer.frozen = self.frozen
         return optimizer
-
-
-def _memory_error(cause: str, reason: str) -> UserError:
-    return UserError(
-        "out-of-memory",
-        f"out of memory {cause} ({reason}); choose settings that `fastsd plan CONFIG` reports as fitting, and run again to "
-        "continue from the last checkpoint",
-    )

@@ -290,7 +290,8 @@ class TrainableComponent:
         """Gather the EMAs in the same way, unless that has been done."""
         if self.shards and self.pieces_ema and (self.ema is None or everywhere > self._average_everywhere):
             self.ema = None  # freed before the memory for all ranks' copies is allocated
-            ema = self.shards.empty(len(self.averages), everywhere=everywhere)
+            with self.shards.ranks.allocating():
+                ema = self.shards.empty(len(self.averages), everywhere=everywhere)
             for flat, *shares in zip(ema, *self.pieces_ema, strict=True):
                 self.shards.whole(shares, everywhere=everywhere, out=flat)
             self.ema = ema

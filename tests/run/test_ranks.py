@@ -19,15 +19,18 @@ from environment import ROOT
 from PIL import Image
 from ranks import ended, start_ranks, store_of_ranks, train_ranks
 from runs import cache, checkpoint_steps, final, rows_of, same
-from sentences import says
+from sentences import refused, says
 from tiny import job
 
 from fastsd import cli
 from fastsd.config.schema import load_config
-from fastsd.data.loader import Batch
+from fastsd.data.loader import Batch, Stream
+from fastsd.errors import UserError
 from fastsd.run.loop import train
 from fastsd.terminal.console import Console
+from fastsd.train.optim import FastOptimizer
 from fastsd.train.ranks import joined_ranks
+from fastsd.train.shards import Shards
 from fastsd.train.step import Step, StepResult
 
 pytestmark = pytest.mark.slow
@@ -232,6 +235,61 @@ def test_ranks_with_different_weights_save_nothing(tmp_path, jobs):
     text = (tmp_path / "out").read_text()
     assert says(text, "ranks-differ", step=4, rank=1, others="rank 0") and text.count("fastsd: ") == 1
     assert checkpoint_steps(tmp_path / "run") == [2]
+
+
+def train_short_of_memory(path: str, folder: str) -> None:
+    """Train with sharded state. Memory is missing on one rank after another, and rank 1 cannot read its fourth batch."""
+    output, empty, following, create = StringIO(), Shards.empty, Stream.__next__, Step._optimizer
+    fails, reads = {True: 3, False: 1}, []  # allocations that fail: of averages on rank 1, of the checkpoint on rank 0
+
+    def little_memory(shards: Shards, *count: int, everywhere: bool = False, **options) -> torch.Tensor:
+        if shards.ranks.rank == int(everywhere) and fails[everywhere]:
+            fails[everywhere] -= 1
+            raise torch.OutOfMemoryError("out of memory")
+        return empty(shards, *count, everywhere=everywhere, **options)
+
+    def unreadable(stream: Stream) -> Batch:
+        reads.append(stream)
+        if len(reads) == 4 and os.environ["RANK"] == "1":
+            raise UserError("row-unreadable", "image 7 cannot be read")
+        return following(stream)
+
+    def start_without_memory(step: Step, name: str) -> FastOptimizer:
+        if step.ranks.rank == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return create(step, name)
+
+    with joined_ranks() as ranks, pytest.MonkeyPatch.context() as patch:
+        config = load_config(
+            path, [*CASES["sharded"], "stage.ema_snapshots=0", "stage.keep_checkpoints=9", f"run={folder}/run"]
+        )
+        with (
+            pytest.MonkeyPatch.context() as started,
+            refused("out-of-memory", cause="at the start of stage 'one'", reason="rank 1: out of memory"),
+        ):
+            started.setattr(Step, "_optimizer", start_without_memory)
+            train(config, Console(file=output), ranks=ranks)
+        patch.setattr(Shards, "empty", little_memory)
+        patch.setattr(Stream, "__next__", unreadable)
+        with pytest.raises(UserError, match="image 7 cannot be read") as info:
+            train(config, Console(file=output), ranks=ranks)
+        assert info.value.code == "row-unreadable"
+    if ranks.main:
+        Path(folder, "text").write_text(output.getvalue())
+
+
+def test_ranks_agree_on_what_one_cannot_do(tmp_path, jobs):
+    """They end at the start of a stage, skip an evaluation and a checkpoint, and save before a bad batch ends them."""
+    path, _ = jobs
+    with store_of_ranks(2) as shared:
+        arguments, files = [str(path), str(tmp_path)], [str(tmp_path / "out"), str(tmp_path / "err")]
+        codes = ended(start_ranks(shared, "call", __file__, "train_short_of_memory", arguments, files))
+    assert codes == [0, 0], (tmp_path / "err").read_text()
+    text = (tmp_path / "text").read_text()
+    assert says(text, "evaluation-skipped", task="validation")
+    assert says(text, "checkpoint-not-saved", step=2, reason="rank 0: out of memory")
+    assert checkpoint_steps(tmp_path / "run") == [3]
+    assert {row["step"] for row in rows_of(tmp_path / "run", "validation.jsonl")} == {2}
 
 
 def train_apart(path: str, folder: str) -> None:

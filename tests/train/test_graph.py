@@ -3,6 +3,8 @@
 Without a GPU, a stand-in shows what does not depend on arithmetic: values and addresses that a capture has fixed, and waits.
 """
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from sentences import says
@@ -11,7 +13,9 @@ from tiny import ONE_LEVEL, make_tiny_model
 
 from fastsd.model.unet import UNetConfig
 from fastsd.train.device import choose_ops
+from fastsd.train.gradient_sums import GradientSums
 from fastsd.train.graph import WARM_UP
+from fastsd.train.optim import DLion
 from fastsd.train.precision import set_precision
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
@@ -121,6 +125,19 @@ class Mirrored(Ranks):
         return bool(event)
 
 
+@dataclass(frozen=True)
+class Agreeing(Mirrored):
+    """The same. `told` collects the problems that are agreed on, and `other` has those of the other rank by their number."""
+
+    told: list[str | None] = field(default_factory=list)
+    other: dict[int, str] = field(default_factory=dict)
+
+    def problem(self, text):
+        number = len(self.told)
+        self.told.append(text)
+        return (0, text) if text else (1, self.other[number]) if number in self.other else None
+
+
 @pytest.mark.parametrize("shard_state", [False, True])
 def test_steps_of_ranks_are_captured(shard_state, stand_in, tmp_path, monkeypatch):
     settings = {**OPTIMIZERS["dlion"], "precision": "bf16", "grad_clip": 0.5, "ema": 0.9, "shard_state": shard_state}
@@ -140,14 +157,47 @@ def test_steps_of_ranks_are_captured(shard_state, stand_in, tmp_path, monkeypatc
     assert len(stand_in.capture_options) == captures + 1 and not step._graphs._captures
 
 
-def test_ranks_that_cannot_be_captured_go_on_without_graphs(stand_in, tmp_path):
-    settings = {**OPTIMIZERS["lion"], "precision": "bf16"}
-    sizes, warnings, ranks = [4] * STEPS, [], {"batch": 8, "ranks": Mirrored(0, 2, 0, 2)}
-    eager, _, _ = train(tmp_path / "eager", "reference", False, sizes, **settings, **ranks)
-    stand_in.capture_error = RuntimeError("operation not permitted")
-    plain, _, step = train(tmp_path / "graph", "reference", True, sizes, warn=warnings.append, **settings, **ranks)
-    assert says(warnings[0], "ranks-no-graph", ranks=2, reason="operation not permitted") and len(warnings) == 1
-    assert not step._graphs._captures and all(torch.equal(a, b) for a, b in zip(eager, plain, strict=True))
+@pytest.mark.parametrize(
+    "owner, method, error",
+    [
+        (DLion, "_finish", RuntimeError("operation not permitted")),  # the sums of the update are complete
+        (GradientSums, "finish", torch.OutOfMemoryError("CUDA out of memory")),
+    ],
+)
+def test_ranks_agree_on_a_capture_that_fails_on_one(owner, method, error, stand_in, tmp_path, monkeypatch):
+    """They exchange as many messages wherever it fails, so none waits, and go on without graphs or with less memory."""
+    settings = {**OPTIMIZERS["dlion"], "precision": "bf16", "batch": 8}
+    sizes, original, errors = [4] * (WARM_UP + 2), getattr(owner, method), [error]
+
+    def failing(*args):
+        if stand_in.capturing is not None and errors:
+            raise errors.pop()
+        return original(*args)
+
+    def run(name, ranks, *, graph=True):
+        warnings = []
+        tensors, _, step = train(tmp_path / name, "reference", graph, sizes, warn=warnings.append, ranks=ranks, **settings)
+        return tensors, step.micro_batch_size, len(step._graphs._captures) if graph else 0, warnings
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, failing)
+        here = Agreeing(0, 2, 0, 2)
+        tensors, micro_batch_size, captures, warnings = run("here", here)
+    there = Agreeing(0, 2, 0, 2, other={number: text for number, text in enumerate(here.told) if text})
+    others, *same_end, others_warnings = run("there", there)
+    assert len(there.told) == len(here.told) and len(there.other) == 1 and not any(there.told)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True)) and same_end == [micro_batch_size, captures]
+    assert len(warnings) == len(others_warnings) == 1
+    if owner is DLion:
+        assert says(warnings[0], "ranks-no-graph", ranks=2, rank=0, reason=str(error)) and (micro_batch_size, captures) == (
+            4,
+            0,
+        )
+        assert says(others_warnings[0], "ranks-no-graph", rank=1)
+        eager, *_ = run("eager", Agreeing(0, 2, 0, 2), graph=False)
+        assert all(torch.equal(a, b) for a, b in zip(eager, tensors, strict=True))
+    else:
+        assert says(warnings[0], "step-out-of-memory", images=4) and micro_batch_size == 2
 
 
 @pytest.mark.slow
