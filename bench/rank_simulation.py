@@ -6,17 +6,27 @@ receiver's, takes its bytes at their rate, and arrives a hop later; what has not
 
     all-to-all      N - 1 pieces to the others in turn
     all-gather      ring of N - 1 steps
-    all-reduce      ring of 2 (N - 1) steps, in which a machine's last rank sends through its network card; or, with one GPU per
-                    machine and a power of two of them, halving and doubling in 2 log2(N) steps (Thakur, Rabenseifner and
-                    Gropp 2005), which send as little and wait as rarely as the trees of NCCL do
+    all-reduce      ring of 2 (N - 1) steps, in which a machine's last rank sends through its network card; or, with a power of
+                    two of machines, halving and doubling between them in 2 log2(M) steps (Thakur, Rabenseifner and Gropp
+                    2005), which send as little and wait as rarely as the trees of NCCL do
+
+With several GPUs per machine, these share out the sums of their machine before, in a ring, and collect the results after. Each
+rank then has a network card of its own, and slices of the tensor follow each other through all steps. NCCL takes trees where it
+expects them to be faster, and counts on 0.92 of a ring's rate (its `tuning.h`): the 126 hops of a ring of 64 GPUs on InfiniBand
+take longer than the bytes of a chunk. On slower networks, the bytes decide, and a ring is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from math import log2
 
 from fastsd.plan.communication import BASE, StepTime
 from fastsd.plan.links import Cluster
+
+SLICES = 16  # of a tensor that passes through a tree
+TREE_RATE = 0.92  # of a ring's, as NCCL expects it
 
 
 class Ranks:
@@ -71,9 +81,45 @@ class Ranks:
             has = [self._send(r ^ distance, r, piece, max(has[r], has[r ^ distance])) for r in range(self.count)]
         self.free_at = has
 
+    def tree(self, size: float, issued: Sequence[float]) -> None:
+        """All-reduce in slices: a ring in each machine, halving and doubling between the machines, a ring in each machine."""
+        local, (_, machines, link, network) = self._local, self.cluster
+        assert network is not None
+        share = size / SLICES / local
+        inside = [(1, share)] * (local - 1)
+        halves = [(local << bit, share / (2 << bit)) for bit in range(machines.bit_length() - 1)]
+        steps = [*inside, *halves, *halves[::-1], *inside]
+        rates = [1e9 * (connection.high if self._fast else connection.low) for connection in (link, network)]
+        ports = [[[0.0] * self.count for _ in range(2)] for _ in range(2)]  # of the network and not, out and in
+        starts = self._begin(issued)
+        pieces = [(at, number, 0, rank) for rank, at in enumerate(starts) for number in range(SLICES)]
+        heapify(pieces)
+        while pieces:  # the earliest first
+            at, number, step, rank = heappop(pieces)
+            distance, length = steps[step]
+            through = distance >= local
+            target = rank ^ distance if through else rank // local * local + (rank + 1) % local
+            outward, inward = ports[through]
+            start = max(at, starts[target], outward[rank], inward[target])
+            outward[rank] = inward[target] = end = start + length / (rates[through] / (local if through else 1))
+            arrived = end + (network if through else link).hop
+            self.free_at[target] = max(self.free_at[target], arrived)
+            if step + 1 < len(steps):
+                heappush(pieces, (arrived, number, step + 1, target))
+
     def all_reduce(self, size: float, issued: Sequence[float]) -> None:
-        single = self._local == 1 and self.count & (self.count - 1) == 0
-        self.halving(size, issued) if single else self.ring(size, issued, 2)
+        gpus, machines, link, network = self.cluster
+        assert network is not None
+        if machines & (machines - 1):
+            return self.ring(size, issued, 2)
+        if self._local == 1:
+            return self.halving(size, issued)
+        rate = min(1e9 * (connection.high if self._fast else connection.low) for connection in (link, network))
+        transfer = 2 * size * (gpus - 1) / gpus / rate
+        ring = 2 * ((gpus - machines) * link.hop + (machines - 1) * network.hop)
+        tree = 2 * ((self._local - 1) * link.hop + log2(machines) * network.hop)
+        faster = transfer / TREE_RATE + tree < transfer + ring
+        self.tree(size, issued) if faster else self.ring(size, issued, 2)
 
 
 def simulate(

@@ -15,7 +15,7 @@ and a reduce-scatter, and 2 S (N - 1) / N in an all-reduce: the least that suffi
 (`links.py`). Within a machine, all GPUs send at once, in a ring N - 1 times after each other; an all-to-all is one hop. Between
 M machines, a ring enters and leaves each machine once, whatever the number of its GPUs, so the network of a machine carries
 as many bytes as one GPU sends. The latency is that of trees over the machines (Sanders, Speck and Traeff 2009, "Two-tree
-algorithms"), which NCCL takes where they are faster.
+algorithms"), which NCCL takes where they are faster; where it takes rings, bytes take so much longer that hops hardly count.
 
 **Time of a step.** Messages travel one after another, in their order. Message i is ready when the computation before it is
 done, at r_i. With the time d_j of each, all have arrived at
