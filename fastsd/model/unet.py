@@ -325,12 +325,15 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = Linear(cfg.block_out_channels[0], cfg.time_dim)
         self.linear_2 = Linear(cfg.time_dim, cfg.time_dim)
 
-    def forward(self, t_B: Tensor) -> Tensor:
+    def waves(self, t_B: Tensor) -> Tensor:
+        """Return the sinusoids of t, fp32 (B, first width of the UNet)."""
         half = self.linear_1.in_features // 2
         frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t_B.device))
         angle = t_B.float()[:, None] * frequency
-        wave_BE = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(wave_BE)))
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(self.waves(t_B).to(self.linear_1.weight.dtype))))
 
 
 class UNet(nn.Module):

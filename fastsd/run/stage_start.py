@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-    teacher = _load_teacher(run, name) if stage.teacher else None
+from dataclasses import replace
+
+from fastsd.errors import UserError, memory_error, out_of_memory
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
 from fastsd.plan.gpu_specs import gpu_of
 from fastsd.plan.plan import SCRATCH, plan_stage
 from fastsd.plan.rehearsal import moved_by
+from fastsd.run.flow_fit import fit_to_teacher
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
 from fastsd.run.teacher import base_key, check_unchanged, load_teacher
@@ -36,11 +39,9 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
         run.console.echo(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
-<<<<<<< HEAD
     teacher = _load_teacher(run, name) if stage.teacher else None
-    step = _create_step(run, index, _micro_batch_size(run, index, resumed=resumed), teacher)
-=======
-    teacher = load_teacher(config.model, run.ops, name) if stage.teacher else None
+    if teacher and index == 0 and not resumed:
+        fit_to_teacher(run, teacher)
     micro_batch_size = _micro_batch_size(run, index, resumed=resumed)
     try:
         with run.ranks.allocating():
@@ -50,7 +51,6 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         if problem is None:
             raise
         raise memory_error(f"at the start of stage {name!r}", problem) from None
->>>>>>> b39b749 (ranks: an error of one rank in a capture, a gather, a stage's start or a batch is agreed on by all, so that none waits)
     if step.teacher:
         copied = sum(tensor.nbytes for tensor in step.teacher.copied)
         run.console.echo(f"{name}: the teacher takes {size_text(copied)} beside the weights that it shares with the model")

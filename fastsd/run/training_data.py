@@ -56,16 +56,21 @@ class TrainingData:
         self.epochs = [loader.images for loader in loaders]
         self.warnings += filter(None, (rare_shapes(config, index, loader) for index, loader in enumerate(loaders)))
 
-    def loader(self, index: int, origin: int = 0) -> Loader:
-        """Return the loader of this rank's batches for a stage that started after `origin` images of the run."""
+    def loader(self, index: int, origin: int = 0, ranks: Ranks | None = None) -> Loader:
+        """Return the loader of this rank's batches for a stage that started after `origin` images of the run.
+
+        Args:
+            ranks: the ranks that share each batch; None = those of the run.
+        """
+        ranks = ranks or self._ranks
         config = self._config
         args = self.latents, self._model.text.tokenize, config.seed, config.stage[index]
         return Loader(
             *args,
             data=config.data,
             origin=origin,
-            rank=self._ranks.rank,
-            world=self._ranks.world,
+            rank=ranks.rank,
+            world=ranks.world,
             tokens=self.tokens,
             text_embeddings=self.text_embeddings,
             left_out=self.sets.left_out,

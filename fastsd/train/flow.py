@@ -174,15 +174,18 @@ class Teacher:
         for precision in precisions[:1]:
             self.unet.set_attention_precision(precision)
 
+    def base_timesteps(self, s_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nearest s that the base has seen, and the base's t with that ratio of signal to noise, both fp32 (B,)."""
+        inside_B, last = s_B.clamp(self.s_T[0], self.s_T[-1]), len(self.s_T) - 1
+        above_B = torch.searchsorted(self.s_T, inside_B).clamp(1, last)
+        lower_B, upper_B = self.s_T[above_B - 1], self.s_T[above_B]
+        return inside_B, above_B - 1 + (inside_B - lower_B) / (upper_B - lower_B)
+
     @torch.no_grad()
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor) -> Tensor:
         """Compute u, fp32 (B, C, H, W), at x_s and t = T s, (B,)."""
-        s_B = t_B.float() / self.total
-        x_BCHW, last = x_BCHW.float(), len(self.s_T) - 1
-        inside_B = s_B.clamp(self.s_T[0], self.s_T[-1])
-        above_B = torch.searchsorted(self.s_T, inside_B).clamp(1, last)
-        lower_B, upper_B = self.s_T[above_B - 1], self.s_T[above_B]
-        base_t_B = above_B - 1 + (inside_B - lower_B) / (upper_B - lower_B)
+        s_B, x_BCHW = t_B.float() / self.total, x_BCHW.float()
+        inside_B, base_t_B = self.base_timesteps(s_B)
 
         def image(values_B: Tensor) -> Tensor:
             return values_B[:, None, None, None]
