@@ -2,12 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import gpu
 import pytest
+from commandline import function_process
 from environment import ROOT
+from forked_programs import forked_programs
 from sentences import says
 
 
@@ -30,6 +31,15 @@ def test_every_part_has_a_share_of_the_time():
     assert gpu.seconds_for("full", names, 600, 7) == 7  # the parts before took longer
 
 
+def dry_visit(out: str, *names: str) -> None:
+    """Run `python bench/gpu.py --dry`. Its programs are forks, because imports would take nearly all of the time."""
+    for key in [key for key in os.environ if key.startswith("PYTEST_XDIST")]:
+        del os.environ[key]  # pytest-benchmark would disable itself in a process of xdist
+    os.chdir(ROOT)
+    with forked_programs():
+        sys.exit(gpu.main(["--dry", "--limit", "1500", "--out", out, "--only", *names]))
+
+
 @pytest.mark.slow
 def test_dry_visit_runs_the_parts_of_a_visit(tmp_path):
     """Every part ends on the stand-in without a failure, and its results are marked.
@@ -38,14 +48,12 @@ def test_dry_visit_runs_the_parts_of_a_visit(tmp_path):
     """
     other = ("graphs", "tests", "steps")
     names = [name for name, part in gpu.PARTS.items() if "/bench_" not in part.files[0] and name not in other]
-    command = [sys.executable, "bench/gpu.py", "--dry", "--limit", "1500", "--out", str(tmp_path), "--only", *names]
-    # pytest-benchmark would disable itself in a process of xdist.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    visit = function_process(__file__, "dry_visit", tmp_path, *names)
+    out, err = visit.communicate()
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*-stand-in.json")]
     parts = {name: part for result in results for name, part in result["parts"].items()}
     failures = {name: part["failed"] for name, part in parts.items() if part["failed"] or part["runs"][0]["status"]}
-    assert run.returncode == 0 and not failures, f"{failures}\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
+    assert visit.returncode == 0 and not failures, f"{failures}\n{out[-3000:]}{err[-3000:]}"
     assert parts.keys() == {*names} and all(result["stamp"]["dry"] for result in results)
     assert all(part["runs"][0].get("passed") for part in parts.values()), parts
     records = {(r["op"], r["kind"]): r for result in results for r in result["records"]}
