@@ -65,7 +65,8 @@ def fit_to_teacher(run: Run, teacher: Teacher) -> None:
             f"{name}: time embedding and last convolution are fitted to the base's flow; mean square distance from it "
             f"{before:.3g} -> {after:.3g} on {MEASURED} other images"
         )
-    fitted = load(run.ranks.gathered(save(weights) if run.ranks.main else b"")[0])
+    sent = save({key: weight.contiguous() for key, weight in weights.items()}) if run.ranks.main else b""
+    fitted = load(run.ranks.gathered(sent)[0])
     for key, weight in weights.items():
         weight.copy_(fitted[key])
     run.saving.changed.add("unet")
