@@ -144,8 +144,8 @@ class StageTable(Table):
     # Flows only: moves the drawn s in [0, 1] to k s / (1 + (k - 1) s), which favours noise if k > 1; 3.0 as for SD3
     timestep_shift: Annotated[float, FREE | LIGHT] = Field(1.0, gt=0)
     # Flows only: "base" = learn the flow that model.base, which predicts epsilon or v, knows already, instead of the images'.
-    # It needs a forward of the base in each step, and memory for its weights as far as this or an earlier stage
-    # trains them
+    # In the first stage, two layers are also fitted to that flow before the first step. It needs a forward of the base in
+    # each step, and memory for its weights as far as this or an earlier stage trains them
     teacher: Annotated[Literal["", "base"], FREE] = ""
     # Share of the teacher in the target; the rest is the images'. With the mse, this is the same as two weighted losses
     teacher_share: Annotated[float, FREE | LIGHT, Only(teacher="base")] = Field(1.0, gt=0, le=1)
