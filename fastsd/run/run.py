@@ -125,7 +125,7 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         if ranks.main:
             warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
         progress = saved_progress or RunProgress()
-        check_teachers(config, progress.stage)
+        check_teachers(config, progress.stage + progress.stage_done)
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
         model = _load_model(config, ops, newest)

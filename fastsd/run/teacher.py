@@ -48,11 +48,11 @@ def check_teachers(config: Config, first: int = 0) -> None:
             f'stage {stage!r}: teacher is "base", but {table.base} is a flow itself, which training continues; remove teacher',
         )
     if table.vae and not _has_latents_of(table):
-        command = f"fastsd swap-vae {quote(table.base)} {quote(table.vae)} OUT --images DIR"
         raise UserError(
             "teacher-and-vae",
             f'stage {stage!r}: teacher is "base", but {table.base} does not know the latents of model.vae {table.vae}; run '
-            f"`{command}`, set model.base to OUT, and remove model.vae",
+            f"`fastsd swap-vae {quote(table.base)} {quote(table.vae)} OUT --images DIR`, set model.base to OUT, and remove "
+            "model.vae",
         )
 
 
@@ -90,8 +90,8 @@ def _measured_prediction(table: ModelTable, base: Model, console: Console) -> st
         context_1LD = base.text.encode(base.text.tokenize([""]))
         prediction = prediction_of(base.unet, base.scheduler, context_1LD, base.vae.channels)
     how = (
-        f"run `fastsd convert {quote(table.base)} FOLDER`, set prediction_type in FOLDER/scheduler/scheduler_config.json, and "
-        "set model.base to FOLDER"
+        f"run `fastsd convert {quote(table.base)} OUT`, set prediction_type in OUT/scheduler/scheduler_config.json, and set "
+        "model.base to OUT"
     )
     if not prediction:
         raise UserError(

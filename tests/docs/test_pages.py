@@ -354,11 +354,12 @@ ADVICE = {
     "CONFIG": "configs/xlsd.toml", "RUN": "runs/advice", "RUN/set-aside-1": "runs/advice/set-aside-1",
     "FOLDER": "runs/advice/model", "MODEL": "models/tiny", "FILE": "style.safetensors", "X": "models/tiny",
     "key=a,b,c": "seed=1,2", "model.vae=XX": "model.vae=sdxl-vae", "model.vae=X": "model.vae=sdxl-vae", "VAE": "sdxl-vae",
+    "DIR": "photos",
 }  # fmt: skip
 VALUES = {  # of what varies in commands with several such words
     "convert X X": ["models/tiny", "OUT"], "convert MODEL OUT --merge X": ["style.safetensors"],
-    "swap-vae X X OUT": ["models/tiny", "sdxl-vae"], "check X": ["configs/xlsd.toml"],
-    "train CONFIG --from X": ["step-00000001"],
+    "swap-vae X X OUT": ["models/tiny", "sdxl-vae"], "swap-vae X X OUT --images DIR": ["models/tiny", "sdxl-vae"],
+    "check X": ["configs/xlsd.toml"], "train CONFIG --from X": ["step-00000001"],
 }  # fmt: skip
 
 

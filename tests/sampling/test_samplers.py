@@ -137,14 +137,14 @@ def test_samplers_of_flows(sampler, shift, start):
 @pytest.mark.parametrize("start", [0, 300])
 @pytest.mark.parametrize("flow, sampler", [(False, name) for name in CLASSES] + [(True, name) for name in FLOW_SAMPLERS])
 def test_counting_the_steps_changes_no_bit(sampler, flow, start, monkeypatch):
-    """Samplers of flows are told their first step, and others are not. Both give what a search by timestep gives."""
+    """Samplers of flows begin at a step that is set, and others do not. Both give what a search by timestep gives."""
     scheduler = flow_scheduler(SD15_SCHEDULER, 3.0) if flow else SD15_SCHEDULER
     latents = torch.linspace(-1, 1, 64).view(1, 4, 4, 4) if start else None
     *_, result = drawn(sampler, scheduler, 20, latents, start)
-    told, scheduler_class = [], type(make_sampler(sampler, scheduler, 20, torch.device("cpu")))
-    monkeypatch.setattr(scheduler_class, "set_begin_index", lambda self, index=0: told.append(index), raising=False)
+    begun, scheduler_class = [], type(make_sampler(sampler, scheduler, 20, torch.device("cpu")))
+    monkeypatch.setattr(scheduler_class, "set_begin_index", lambda self, index=0: begun.append(index), raising=False)
     *_, searched = drawn(sampler, scheduler, 20, latents, start)
-    assert torch.equal(searched, result) and told == ([0] if flow else [])
+    assert torch.equal(searched, result) and begun == ([0] if flow else [])
 
 
 def test_a_flow_may_have_timesteps_twice():
