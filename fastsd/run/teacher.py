@@ -20,7 +20,6 @@ from fastsd.model.flow_schedule import is_flow
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import load_vae, scheduler_of, table_of
 from fastsd.model.formats.model_source import locate
-from fastsd.model.model import Model
 from fastsd.model.unet import UNet
 from fastsd.model.vae import Vae
 from fastsd.model.weights import ADAPTER, plain_name
@@ -28,7 +27,7 @@ from fastsd.terminal.console import STDOUT, Console
 from fastsd.train.flow import Teacher, prediction_of
 from fastsd_kernels import REFERENCE, Ops
 
-_ROUNDING = 2.0**-8  # of bf16, in which a VAE may be stored
+_ROUNDING, _SMALLEST = 2.0**-8, 1e-6  # of bf16 and of fp16, in which a VAE may be stored
 
 
 def check_teachers(config: Config, first: int = 0) -> None:
@@ -69,7 +68,7 @@ def _alike(vae: Vae, other: Vae) -> bool:
     if vae.latent_space != other.latent_space or weights.keys() != others.keys():
         return False
     pairs = [(weights[name].float(), others[name].float()) for name in weights]
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=_ROUNDING, atol=0) for a, b in pairs)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=_ROUNDING, atol=_SMALLEST) for a, b in pairs)
 
 
 def load_teacher(table: ModelTable, ops: Ops = REFERENCE, console: Console = STDOUT) -> Teacher:
@@ -78,14 +77,15 @@ def load_teacher(table: ModelTable, ops: Ops = REFERENCE, console: Console = STD
     Raises:
         UserError: the base is missing, or nothing shows whether it predicts epsilon or v.
     """
-    stored = {"prediction": "", "zero_snr": None, "flow_shift": None, "lora": None}
-    base = load_merged(table.model_copy(update=stored), ops)
-    if not scheduler_of(locate(table.base, "model.base", table.revision))[1]:
-        base.scheduler["prediction_type"] = _measured_prediction(table, base, console)
-    return Teacher(base.unet, base.scheduler)
+    table = table.model_copy(update={"prediction": "", "zero_snr": None, "flow_shift": None, "lora": None})
+    stated = scheduler_of(locate(table.base, "model.base", table.revision))[1]
+    measured = {} if stated else {"prediction_type": _measured_prediction(table, console)}
+    base = load_merged(table, ops)
+    return Teacher(base.unet, base.scheduler | measured)
 
 
-def _measured_prediction(table: ModelTable, base: Model, console: Console) -> str:
+def _measured_prediction(table: ModelTable, console: Console) -> str:
+    base = load_merged(table, REFERENCE)  # on the CPU, where other kernels may not run
     with torch.no_grad():
         context_1LD = base.text.encode(base.text.tokenize([""]))
         prediction = prediction_of(base.unet, base.scheduler, context_1LD, base.vae.channels)
