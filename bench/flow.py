@@ -3,9 +3,10 @@
     python bench/flow.py [--ways naive teacher mixed] [--seeds 0 1 2] [--steps 200] [--out bench/results]
 
 The ways have the same images, noise, timesteps and order. `naive` only changes the target to that of a flow. `teacher` learns
-the base's own flow, in closed form (`fastsd/train/flow.py`), from two layers that are fitted to it, and `mixed` half of it. Every
-5 steps, the script counts how many of 48 samples show the requested colour and shape, until 90 % do, and reads from the run's
-validation how far the predicted x_0 at s = 1 lies from the images'. It also samples the base through the closed form, with no training at all.
+the base's own flow, in closed form (`fastsd/train/flow.py`), and begins with two layers that are fitted to it; `mixed` learns
+half of it. Every 5 steps, the script counts how many of 48 samples show the requested colour and shape, until 90 % do, and
+reads from the run's validation how far the predicted x_0 at s = 1 lies from the images'. It also samples the base through the
+closed form, with no training at all.
 """
 
 from __future__ import annotations

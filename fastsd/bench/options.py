@@ -12,6 +12,7 @@ import torch
 from fastsd.bench import baselines, counters
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import Config, StageTable, load_config
+from fastsd.data.building.buckets import planned_side
 from fastsd.errors import UserError
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, read_shapes
 from fastsd.model.unet import UNet, UNetConfig
@@ -99,7 +100,7 @@ def bench_target(options: BenchOptions) -> BenchTarget:
         shapes, _ = read_shapes(config.model)
     else:
         shapes = Shapes(baselines.SMALL if options.small else UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
-    side = shapes.side(config.data.resolution)
+    side = shapes.side(planned_side(config.data, shapes.step))
     ops, free = choose_ops(config.kernels, device), counters.free_bytes(device)
     stage = config.stage[0].model_copy(update={"teacher": ""})  # which the baselines do not have
     return BenchTarget(config, stage, device, ops, shapes.unet, side, free)

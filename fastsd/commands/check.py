@@ -147,7 +147,8 @@ def _stage(config: Config, index: int, models: list[Model], images_per_epoch: li
         warnings += stage_notes(stage, name, steps or ENDLESS, models[0].scheduler)
     amount = steps if steps and steps < ENDLESS else stage.until
     length = f"{amount} steps" if isinstance(amount, int) else amount
-    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"
+    images = "1 image" if stage.batch == 1 else f"{stage.batch} images"
+    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {images} per step"
 
 
 def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: list[str], warnings: list[str]) -> str:

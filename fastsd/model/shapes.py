@@ -22,7 +22,7 @@ from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
 from fastsd.storage import read_json
-from fastsd_kernels import REFERENCE, Ops
+from fastsd_kernels import REFERENCE, TRITON, Ops
 
 SD15_TEXT = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -52,14 +52,34 @@ class Shapes:
 
     def side(self, resolution: int) -> int:
         """Return the latent positions per side of images of `resolution` px. Raise UserError if the model cannot use it."""
-        downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
-        step = downscale * self.unet.downscale
+        step = self.step
         if resolution % step:
             usable = max((resolution + step // 2) // step, 1) * step
             raise UserError(
                 "model-resolution", f"data.resolution is {resolution}, but this UNet needs a multiple of {step}; use {usable}"
             )
-        return resolution // downscale
+        return resolution // self._downscale
+
+    @property
+    def step(self) -> int:
+        """Pixels of which the sides of square images are multiples."""
+        return self._downscale * self.unet.downscale
+
+    @property
+    def _downscale(self) -> int:
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    def check_heads(self, ops: Ops) -> None:
+        """Raise UserError if the kernels do not support the size of the UNet's attention heads."""
+        attending = [width for width, attends in zip(self.unet.block_out_channels, self.unet.attention, strict=True) if attends]
+        for width in (*attending, self.unet.block_out_channels[-1]):
+            size = width // self.unet.heads
+            if ops is TRITON and (size % 8 or size > 256):
+                raise UserError(
+                    "head-size",
+                    f"the attention heads of this UNet have {size} channels, but the kernels need a multiple of 8 up to 256; "
+                    'set kernels = "reference"',
+                )
 
 
 def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:

@@ -99,7 +99,7 @@ def grid_bytes(config: Config) -> int:
     return 3 * sum(image.width * image.height for image in images)
 
 
-def print_disk(disk: dict[str, Any], console: Console) -> None:
+def print_disk(disk: Mapping[str, Any], console: Console) -> None:
     """Print the bytes on the disk, from the JSON of a plan."""
     per_image, sizes = disk["cache_an_image"], disk["a_checkpoint"]
     cache = disk["cache"] or per_image * 1_000_000

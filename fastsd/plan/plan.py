@@ -27,6 +27,7 @@ from typing import Any
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.schema import Config, DataTable, StageTable
 from fastsd.config.stages import ENDLESS, parse_amount
+from fastsd.data.building.buckets import planned_side
 from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
@@ -44,7 +45,7 @@ from fastsd.plan.several_gpus import columns, describe_ranks, lines_of
 from fastsd.plan.step_time import step_seconds, workspace_bytes
 from fastsd.storage import replace_file
 from fastsd.terminal.console import STDOUT, Console, counted, work
-from fastsd.train.ranks import ALONE, check_stage
+from fastsd.train.ranks import ALONE, Ranks, check_stage
 from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.cards import CARDS, Card
 
@@ -71,12 +72,14 @@ class StagePlan:
         card: Card | None,
         cluster: Cluster | None = None,
         moved: Sequence[str] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.moved = tuple(moved)
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
-        self.card, self.cluster, self.ranks = card, cluster, cluster.ranks if cluster else ALONE
+        self.card, self.cluster, self.ranks = card, cluster, ranks or (cluster.ranks if cluster else ALONE)
         self.images = self.ranks.share(stage.batch)  # of a batch, on one GPU
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
+        shapes.check_heads(self.ops)
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._needs: dict[tuple[int, str], MemoryEstimate] = {}
         self._pairs: dict[tuple[int, str], MemoryEstimate] = {}  # steps with two micro-batches
@@ -102,7 +105,7 @@ class StagePlan:
                 micro_batch = 0 if whole_batch else 1
                 settings = self.shapes, self.stage, self.side, self.ops, micro_batch
                 options: dict[str, Any] = {"cached_text": self.cached_text, "ranks": self.ranks, "moved": self.moved}
-                self._rehearsals[whole_batch] = Rehearsal(*settings, **options)
+                self._rehearsals[whole_batch] = Rehearsal(*settings, **options, schedule=self.cluster is not None)
             with work(f"rehearsing micro-batch {micro_batch_size}, checkpointing {level}"):
                 self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         need = self._needs[micro_batch_size, level]
@@ -198,6 +201,7 @@ def plan_stage(
     card: Card | None = None,
     cluster: Cluster | None = None,
     moved: Sequence[str] = (),
+    ranks: Ranks | None = None,
 ) -> StagePlan:
     """Plan one stage.
 
@@ -211,11 +215,12 @@ def plan_stage(
         card: whose workspace of convolutions is planned for; None = the card that takes most.
         cluster: the GPUs that share each batch, of which one is planned; None = one GPU.
         moved: entries of `train` and `reinit` of earlier stages (see `moved_by`). A teacher does not share these weights.
+        ranks: the rank that is planned, if the times of several are of no interest; None = the first of `cluster`.
 
     Raises:
         UserError: the model does not support the resolution.
     """
-    options: dict[str, Any] = {"cached_text": cached_text, "card": card, "cluster": cluster, "moved": moved}
+    options: dict[str, Any] = {"cached_text": cached_text, "card": card, "cluster": cluster, "moved": moved, "ranks": ranks}
     return StagePlan(shapes, stage, resolution, device_bytes, ops, **options)
 
 
@@ -247,7 +252,7 @@ def plan(
         check_stage(stage, config.stage_name(i), cluster.ranks if cluster else ALONE)
     shapes, warnings = read_shapes(config.model)
     ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
-    images = _count_images(config.data)
+    images, resolution = _count_images(config.data), planned_side(config.data, shapes.step)
     report: dict[str, Any] = {"vram_gib": vram, "reserved_gib": RESERVED / GIB, "notes": warnings, "kernels": ops.name}
     report |= {"resolution": config.data.resolution, "images": images, "stages": []}
     remark = "" if ops is TRITON else " (CPU kernels, which need more memory than GPU kernels)"
@@ -272,13 +277,8 @@ def plan(
         moved = moved_by(config.stage[:i]) if stage.teacher else ()
         existing = next((plan for plan in plans if (plan.stage, plan.moved) == (comparable, moved)), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states
-        settings: dict[str, Any] = {
-            "cached_text": cached_text,
-            "card": cards[0] if card else None,
-            "cluster": cluster,
-            "moved": moved,
-        }
-        plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, **settings))
+        settings: dict[str, Any] = {"cached_text": cached_text, "card": cards[0] if card else None, "moved": moved}
+        plans.append(existing or plan_stage(shapes, comparable, resolution, room, ops, **settings, cluster=cluster))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _print_stage(entry, vram, console)

@@ -91,6 +91,7 @@ class Rehearsal:
         micro_batch_size: `micro_batch` as in a config. 0 means the whole batch, which needs no accumulation.
         cached_text: True if batches contain text embeddings.
         ranks: this rank, and the number of those that share a batch.
+        schedule: True if `segments` shall have the messages of ranks where a step sends them. This takes one more step.
 
     Attributes:
         modules: modules of the model by component name.
@@ -109,6 +110,7 @@ class Rehearsal:
         cached_text: bool,
         ranks: Ranks = ALONE,
         moved: Sequence[str] = (),
+        schedule: bool = True,
     ) -> None:
         self._side, self._cached_text = side, cached_text
         # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
@@ -137,7 +139,7 @@ class Rehearsal:
             self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text, teacher=teacher, ranks=ranks)
             for optimizer in self._step.optimizers.values():
                 optimizer.allocate_state()
-        if ranks.world > 1:  # also the first backward, which shows how many gradients make a chunk complete
+        if ranks.world > 1 and schedule:  # also the first backward, which shows how many gradients make a chunk complete
             self._run(1, "none", 1)
 
         self.trained = self._step.trained

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from fastsd.data.building.buckets import planned_side
 from fastsd.errors import UserError, memory_error, out_of_memory
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
@@ -109,17 +111,22 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
     available = free_memory(run.device) - scratch + resident_bytes
     cached_text, card = run.data.text_embeddings is not None, gpu_of(run.device)
-    size = run.config.data.resolution, available
-    share = stage.model_copy(update={"batch": run.ranks.share(stage.batch)})
-    earlier = moved_by(run.config.stage[:index]) if stage.teacher else ()
-    plan = plan_stage(Shapes.of(run.model), share, *size, run.ops, cached_text=cached_text, card=card, moved=earlier)
+    shapes = Shapes.of(run.model)
+    size = planned_side(run.config.data, shapes.step), available
+    options: dict[str, Any] = {"cached_text": cached_text, "card": card, "ranks": run.ranks}
+    if stage.teacher:
+        options["moved"] = moved_by(run.config.stage[:index])
+    plan = plan_stage(shapes, stage, *size, run.ops, **options)
     micro_batch_size = run.ranks.least(plan.largest_micro_batch())
 
     if micro_batch_size == 0:
+        world = run.ranks.world
+        several = f" --gpus {world} --machines {world // run.ranks.local_world}" if world > 1 else ""
+        command = f"fastsd plan CONFIG{several}"
         raise UserError(
             "stage-does-not-fit",
             f"stage {run.config.stage_name(index)!r} does not fit into {size_text(available)} on {run.device}, even with "
-            "micro-batch 1; run `fastsd plan CONFIG` to find checkpointing, precision and optimizer settings that fit",
+            f"micro-batch 1; run `{command}` to find checkpointing, precision and optimizer settings that fit",
         )
     run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {size_text(available)}")
     return micro_batch_size

@@ -294,7 +294,7 @@ class Step:
         if self._fused:
             raise memory_error("with fused_backward, which cannot split the batch", reason)
         if self.ranks.world > 1 and not shared:
-            raise memory_error(f"on rank {self.ranks.rank}, with {self.micro_batch_size} images per forward", reason)
+            raise memory_error(f"on rank {self.ranks.rank}, with micro-batch {self.micro_batch_size}", reason)
         if not smaller_sizes:
             raise memory_error("even with one image per forward", reason)
         self.warn(

@@ -5,46 +5,52 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from commandline import fastsd
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_simulation import Ranks as SimulatedRanks
 from rank_simulation import simulate
 from ranks import ended, start_ranks, store_of_ranks
 from sentences import refused, says
 from step_inputs import batches, stage_of
 from tiny import ONE_LEVEL, job, make_tiny_model
 
+from fastsd.config.schema import LoraTable
 from fastsd.data.loader import Batch
+from fastsd.model.lora import add_lora
 from fastsd.model.shapes import Shapes
 from fastsd.model.unet import UNetConfig
 from fastsd.plan import communication
 from fastsd.plan.communication import BASE, Message, Segment, StepTimes, Wait, arrival, waited
-from fastsd.plan.links import LINKS, Cluster, cluster_of, find_link
+from fastsd.plan.links import LINKS, Cluster, Link, cluster_of, find_link
 from fastsd.plan.operations import Operation
 from fastsd.plan.plan import plan_stage
 from fastsd.plan.step_time import step_seconds
-from fastsd.train import gradient_sums
+from fastsd.train import gradient_sums, shards
 from fastsd.train.ranks import Ranks, joined_ranks
+from fastsd.train.shards import BLOCK
 from fastsd.train.step import Step
+from fastsd_kernels import REFERENCE
 from fastsd_kernels.cards import CARDS
-
-try:
-    from fastsd.train import shards as chunks
-except ImportError:
-    from fastsd.train import gradient_sums as chunks
 
 CHUNK, SHARE = 40_000, 2  # bytes; images of each rank
 BOTH = ["unet", "text_encoder"]
 LION, ADAMW = {"optimizer": "lion", "lr": 1e-3}, {"optimizer": "adamw", "lr": 1e-3}
+DLION = {"optimizer": "dlion", "d0": 1e-4}
 # Settings of a stage, and the number of machines.
 CASES = {
     "unet": (LION, 1),
     "micro-batches": ({**LION, "micro_batch": 1}, 1),
     "both": ({**ADAMW, "train": BOTH}, 1),
     "text": ({**ADAMW, "train": BOTH[1:], "precision": "bf16"}, 1),
-    "machines": ({"optimizer": "dlion", "d0": 1e-4}, 2),
+    "machines": (DLION, 2),
+    "sharded": ({**DLION, "shard_state": True, "precision": "bf16", "ema": {"sigma_rel": [0.1, 0.2]}}, 1),
+    "sharded, both": ({**LION, "train": BOTH, "shard_state": True, "grad_clip": 0.5}, 1),
+    "sharded LoRA": ({**ADAMW, "train": ["lora"], "shard_state": True, "micro_batch": 1}, 1),
+    "sharded, machines": ({**DLION, "shard_state": True}, 2),
 }
 LOCAL, NETWORK = LINKS["pcie4"], LINKS["100gbe"]
 
@@ -74,15 +80,19 @@ class Recorded:
         if ranks is Ranks:  # the other class calls `_start` for these
             monkeypatch.setattr(ranks, "_combined", recorded_combined)
         monkeypatch.setattr(gradient_sums.GradientSums, "_arrive", recorded_arrive)
-        monkeypatch.setattr(chunks, "CHUNK", CHUNK)
+        monkeypatch.setattr(shards, "CHUNK", CHUNK)
 
     def restart(self) -> None:
         """Forget all, before a step."""
         self.events, self.arrived = [], 0
 
 
-def make_model(folder):
-    return make_tiny_model(folder, UNetConfig(**ONE_LEVEL))
+def make_model(folder, keys=MappingProxyType({})):
+    """Write a small model, with an adapter if `keys` of a stage train one."""
+    model = make_tiny_model(folder, UNetConfig(**ONE_LEVEL))
+    if keys.get("train") == ["lora"]:
+        add_lora(model, LoraTable(rank=2), seed=0)
+    return model
 
 
 def stage_with(keys, world):
@@ -97,13 +107,14 @@ def train_cases(folder: str) -> None:
         for name, (keys, machines) in CASES.items():
             these = replace(ranks, local_world=ranks.world // machines)
             stage = stage_with(keys, ranks.world)
-            step = Step(make_model(Path(folder) / f"{name}-{ranks.rank}"), stage, 2, seed=0, ranks=these)
+            step = Step(make_model(Path(folder) / f"{name}-{ranks.rank}", keys), stage, 2, seed=0, ranks=these)
             images = slice(ranks.rank * SHARE, (ranks.rank + 1) * SHARE)
             for number, whole in enumerate(batches(2, stage.batch)):
                 recorded.restart()
                 tensors = whole.latents_BCHW[images], whole.token_ids_BL[images], whole.positions_B[images]
                 step(Batch(*tensors, whole.captions[images]), number)
-            results[name] = {"events": list(recorded.events), "early": step._sums.early, "sent": step._sums.sent_bytes}
+            sent = sum(part.sent_bytes for part in (step._sums, step._shards) if part)
+            results[name] = {"events": list(recorded.events), "early": step._sums.early, "sent": sent}
             step.release()
             ranks.wait()
     Path(folder, f"sent-{ranks.rank}.json").write_text(json.dumps(results))
@@ -127,25 +138,43 @@ def test_real_ranks_send_the_messages_that_are_planned(sent, name, tmp_path, mon
     keys, machines = CASES[name]
     recorded = Recorded(monkeypatch, communication.RehearsedRanks)
     cluster, stage = Cluster(world, machines, LOCAL, NETWORK if machines > 1 else None), stage_with(keys, world)
-    plan = plan_stage(Shapes.of(make_model(tmp_path)), stage, 32, 0, cluster=cluster)
+    # The ranks have the reference's kernels, whose partial sums are one for each piece.
+    plan = plan_stage(Shapes.of(make_model(tmp_path, keys)), stage, 32, 0, REFERENCE, cluster=cluster)
     segments = plan.segments(stage.micro_batch_size)
     messages = [segment.event for segment in segments if isinstance(segment.event, Message)]
+    agreement = messages.index(("all_reduce", 4, False))  # whether memory has run out on a rank, after the sums
+    *sums, rest = messages[:agreement] + [Message("", 0, False)] * stage.shard_state
+    weights = [message for message in messages[agreement:] if message.operation == "all_gather_single" and message.size > 1000]
     early = sum(message.operation != "all_gather_single" and message.hidden for message in messages)
-    per_step = len(messages)
     for result in results:
         real = [tuple(event) for event in result[name]["events"]]
         assert [(message.operation, message.size) for message in messages] == [event[:2] for event in real]
         # The gradients that had arrived, counted from the first one of the step.
-        planned = recorded.events[-per_step:]
+        planned = recorded.events[-len(messages) :]
         offset = planned[-1][2] - real[-1][2]
         assert [event[2] - offset for event in planned] == [event[2] for event in real]
-        assert early == result[name]["early"] > 1
-        *sums, rest, agreement = messages  # the last one tells of a rank that has no memory
-        assert (agreement.operation, agreement.size) == ("all_reduce", 4)
-        gradients = sum(message.sent_bytes(world) for message in sums)
-        rests = 4 * (world - 1) * (rest.size // (4 * world) - 1)
+        assert early == result[name]["early"] > 0 and bool(weights) == stage.shard_state
+        planned_bytes = sum(message.sent_bytes(world) for message in sums + weights)
+        rests = 4 * (world - 1) * max(rest.size // (4 * world) - 1, 0)
         # The rests of all chunks are gathered, not summed piece by piece: they count half of `sent_bytes` for each other rank.
-        assert gradients <= result[name]["sent"] <= gradients + rests
+        assert planned_bytes <= result[name]["sent"] <= planned_bytes + rests
+
+
+def test_a_rank_has_the_same_memory_without_its_messages(tmp_path):
+    """As the start of a stage plans it: its share of the batch, and of what is sharded."""
+    shapes, stage = Shapes.of(make_model(tmp_path)), stage_with({**LION, "shard_state": True, "ema": 0.5}, 4)
+    planned = plan_stage(shapes, stage, 32, 0, cluster=Cluster(4, 1, LOCAL))
+    rank = plan_stage(shapes, stage, 32, 0, ranks=Ranks(3, 4, 1, 2))
+    same_machine, alone = plan_stage(shapes, stage, 32, 0, ranks=Ranks(0, 4, 0, 4)), plan_stage(shapes, stage, 32, 0)
+    assert rank.micro_batches == planned.micro_batches == [1, 2] and max(alone.micro_batches) == 8
+    for size in (1, 2):
+        assert replace(same_machine.need(size), operations=None, segments=()) == replace(
+            planned.need(size), operations=None, segments=()
+        )
+    shared, whole = rank.need(2).owners, alone.need(2).owners
+    for owner in ("optimizer state", "EMA"):
+        assert whole[owner] / 4 <= shared[owner] < whole[owner] / 4 + 4 * BLOCK
+    assert rank.need(2).activations < alone.need(8).activations / 3
 
 
 def seconds_of(message: Message, cluster: Cluster) -> float:
@@ -199,13 +228,15 @@ def events_of(pieces: list[tuple[float, int]], after: float, cluster: Cluster) -
 
 
 CLUSTERS = [Cluster(n, 1, LINKS[link]) for n in (2, 3, 8) for link in ("pcie4", "nvlink4")]
+INFINIBAND = Link("8 x 400 Gb/s InfiniBand", 330, 384, 14e-6, network=True)
 CLUSTERS += [Cluster(n, n, NETWORK, NETWORK) for n in (2, 8)] + [Cluster(8, 2, LINKS["nvlink4"], NETWORK)]
+CLUSTERS += [Cluster(16, 2, LINKS["nvlink4"], INFINIBAND)]  # a tree: a ring of so many hops takes longer
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS, ids=[cluster.text for cluster in CLUSTERS])
 def test_the_closed_form_agrees_with_a_simulation_of_ports_and_hops(cluster):
-    """Within 1 % of the step, whether the backward, the connection or both in turn are the limit."""
-    size = 64 << 20
+    """Within 1 % of the step, whether the backward, the connection or both in turn are the limit, and within 6 % for a tree."""
+    size, tolerance = 64 << 20, 0.06 if cluster.network == INFINIBAND else 0.01
     transfer = Message("all_reduce", size, True).seconds(cluster, fast=True)
     for share in (0.2, 0.9, 1.1, 5.0):  # of a chunk's transfer, in which the next chunk is computed
         even = [(share * transfer, size)] * 10
@@ -214,8 +245,24 @@ def test_the_closed_form_agrees_with_a_simulation_of_ports_and_hops(cluster):
             seconds, events = events_of(schedule, transfer / 3, cluster)
             predicted = waited(sum(seconds), seconds, events, cluster, fast=True)
             simulated = simulate(schedule, transfer / 3, cluster, fast=True, add_rate=ADD_RATE)
-            assert predicted.seconds == pytest.approx(simulated.seconds, rel=0.01)
-            assert predicted.exposed == pytest.approx(simulated.exposed, abs=0.01 * simulated.seconds)
+            assert predicted.seconds == pytest.approx(simulated.seconds, rel=tolerance)
+            assert predicted.exposed == pytest.approx(simulated.exposed, abs=tolerance * simulated.seconds)
+
+
+def test_the_simulation_takes_trees_where_hops_take_longer_than_bytes():
+    """On a slow network, the bytes decide, and a ring is taken."""
+    size = 64 << 20
+    for network, tree in ((INFINIBAND, True), (NETWORK, False)):
+        cluster = Cluster(16, 2, LINKS["nvlink4"], network)
+        seconds = []
+        for operation in ("all_reduce", "ring", "tree"):
+            ranks = SimulatedRanks(cluster, fast=True)
+            getattr(ranks, operation)(size, [0.0] * 16, *([2] if operation == "ring" else []))
+            seconds.append(max(ranks.free_at))
+        taken, ring, halved = seconds
+        assert taken == (halved if tree else ring) and (taken < 0.9 * ring if tree else taken <= ring)
+        # A rank sends 7/8 of the tensor within its machine, twice, and half of its eighth through its network card, twice.
+        assert halved > max(2 * size * 7 / 8 / 370e9, size / (1e9 * network.high))
 
 
 def test_a_late_rank_delays_all():

@@ -14,7 +14,8 @@ from sentences import pattern, refused, says
 from tiny import job
 
 from fastsd.config.keys import Key, keys_with
-from fastsd.config.schema import ModelTable, StageTable, load_config
+from fastsd.config.schema import BucketTable, DataTable, ModelTable, StageTable, load_config
+from fastsd.data.building.buckets import planned_side
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize, read_shapes
 from fastsd.model.unet import UNetConfig
@@ -277,6 +278,25 @@ def test_bad_input_is_refused_in_one_line(plan, tmp_path, tiny_model, images, wo
     paths = {"absent": tmp_path / "absent", "config": job(tmp_path, tiny_model, images, STAGE)}
     code, _, err = plan(*(word.format(**paths) for word in words))
     assert code == 2 and says(err, name, **fields) and len(err.splitlines()) == 1
+
+
+def test_a_head_size_without_kernels_is_refused():
+    stage, shapes = stage_of(("fp32", "lion", 2, 1, "none", {})), replace(MINIMAL, unet=replace(MINIMAL.unet, heads=8))
+    with refused("head-size", size=4):
+        plan_stage(shapes, stage, SMALL[1], 0, TRITON)
+    assert plan_stage(shapes, stage, SMALL[1], 0, REFERENCE).need(2).total > 0  # as the sentence advises
+
+
+def test_buckets_are_planned_with_the_largest(plan, tmp_path, tiny_model, images):
+    """A resolution that only squares must have is accepted, as when the images are cached."""
+    buckets = BucketTable(min=256, max=1024, step=64)
+    for resolution, no_upscale, side in ((512, 0, 512), (520, 0, 576), (500, 0, 512), (448, 0, 448), (520, 1, 576)):
+        table = buckets.model_copy(update={"no_upscale": bool(no_upscale)})
+        assert planned_side(DataTable(folders=["a"], resolution=resolution, buckets=table), 64) == side
+    assert planned_side(DataTable(folders=["a"], resolution=33), 4) == 33
+    config = job(tmp_path, tiny_model, images, STAGE)
+    code, out, _ = plan(config, "data.resolution=34", "data.buckets={min=16, max=64, step=8}", "--card", "4090")
+    assert code == 0 and says(out, "plan-fits")
 
 
 def test_each_average_is_one_arena():

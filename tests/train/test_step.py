@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,8 +23,9 @@ from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
 from fastsd.plan.plan import plan_stage
-from fastsd.run import checkpoint
+from fastsd.run import checkpoint, stage_start
 from fastsd.train.device import choose_ops
+from fastsd.train.ranks import Ranks
 from fastsd.train.step import Step
 from fastsd.train.step_inputs import StepInputs
 from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
@@ -314,6 +316,28 @@ def test_step_stays_on_the_device_after_warm_up(settings):
     assert watch.operations > 1000 and not watch.found
 
 
+def test_auto_micro_batch_plans_one_of_several_ranks(monkeypatch):
+    """With the whole batch and sharded state, of which each rank has its share. The advice names all ranks."""
+    planned, ranks = [], Ranks(1, 4, 1, 2)
+    monkeypatch.setattr(Ranks, "least", lambda _, number: number)
+    monkeypatch.setattr(stage_start, "free_memory", lambda device: 0)
+    monkeypatch.setattr(stage_start.Shapes, "of", lambda model: SimpleNamespace(step=8))
+
+    def plan(shapes, stage, *_, **options):
+        planned.append((stage, options["ranks"]))
+        return SimpleNamespace(largest_micro_batch=lambda: 0)
+
+    monkeypatch.setattr(stage_start, "plan_stage", plan)
+    stage = stage_of(batch=8, micro_batch="auto", shard_state=True)
+    config = SimpleNamespace(stage=[stage], data=SimpleNamespace(resolution=32, buckets=None), stage_name=lambda index: "one")
+    position, data = SimpleNamespace(progress=None), SimpleNamespace(text_embeddings=None)
+    run = SimpleNamespace(config=config, position=position, data=data, ranks=ranks, model=None, ops=None, resident=[])
+    run.device = torch.device("cpu")
+    with refused("stage-does-not-fit", command="fastsd plan CONFIG --gpus 4 --machines 2"):
+        stage_start._micro_batch_size(run, 0, resumed=False)
+    assert planned == [(stage, ranks)]
+
+
 @pytest.mark.slow
 def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images, monkeypatch):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
@@ -329,7 +353,7 @@ def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images,
     for megabytes in (1000, 5, 0):
         monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device, free=megabytes: free << 20)
         if megabytes == 0:
-            with refused("stage-does-not-fit") as error:
+            with refused("stage-does-not-fit", command="fastsd plan CONFIG") as error:
                 run(path, f"run={tmp_path / 'none'}")
             assert "'stage-1'" in str(error.value)
             break

@@ -21,7 +21,7 @@ import hashlib
 import math
 from typing import NamedTuple
 
-from fastsd.config.schema import BucketTable
+from fastsd.config.schema import BucketTable, DataTable
 from fastsd.data.sources.image import Rejected
 
 Size = tuple[int, int]  # width, height in pixels
@@ -89,6 +89,20 @@ class Buckets:
     def _round_down(self, side: float) -> int:
         """Round to a pixel, then down to a multiple of the step."""
         return _round(side) // self._step * self._step
+
+
+def planned_side(data: DataTable, step: int) -> int:
+    """Return the side in px of a square that has at least the pixels of the largest images, whatever their shapes.
+
+    Args:
+        step: the model needs sides of squares that are multiples of it. With buckets, the side is rounded up to one.
+    """
+    if data.buckets is None:
+        return data.resolution
+    largest = max(
+        (width * height for width, height in Buckets(data.resolution, data.buckets).sizes), default=data.resolution**2
+    )
+    return math.ceil(math.sqrt(largest) / step) * step
 
 
 def crop_position(rule: str, content: bytes, crop: int) -> tuple[float, float]:
