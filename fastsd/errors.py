@@ -2,6 +2,7 @@
 
 import errno
 import re
+from typing import Self
 
 
 class UserError(ValueError):
@@ -21,6 +22,16 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def packed(self) -> str:
+        """The error as one text, to send it to another process."""
+        return f"{self.code}\0{self.message}"
+
+    @classmethod
+    def unpacked(cls, text: str) -> Self:
+        """Restore an error from its text."""
+        return cls(*text.split("\0", 1))
 
 
 # The ways in which PyTorch and its libraries report that memory ran out, besides torch.OutOfMemoryError. cuDNN swallows the

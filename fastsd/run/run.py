@@ -18,6 +18,7 @@ from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
+from fastsd.model.shapes import Shapes
 from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import CostRecorder
@@ -119,6 +120,7 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
     with ExitStack() as stack:
         stack.enter_context(_locked(folder, console, ranks))
         device = choose_device(local_device(config.device, ranks), console)
+        ranks.hear_hosts_first(device)
         ops = choose_ops(config.kernels, device)
         back = checkpoint_named(folder, start, config, console) if start and ranks.main else None
         newest, saved_progress, warnings = _choose_checkpoint(folder, config, back, ranks)
@@ -129,6 +131,7 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
         model = _load_model(config, ops, newest)
+        Shapes.of(model).check_heads(ops)
         warnings += model.notes
         if newest is None and any(stage.teacher for stage in config.stage):
             progress = replace(progress, base_key=base_key(config.model, model.unet))

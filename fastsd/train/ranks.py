@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 # Longer than the others ever wait for rank 0, which verifies a checkpoint, or writes the first one.
 TIMEOUT = timedelta(minutes=30)
+# A step's first message of a GPU is older than the hosts' by the time of its backward.
+_NCCL_MARGIN = timedelta(minutes=5)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -121,13 +123,13 @@ class Ranks:
 
     def error(self, error: UserError | None) -> UserError | None:
         """Return the error of the first rank that has one, so that all can end with it."""
-        problem = self.problem(f"{error.code}\0{error.message}" if error else None)
-        return UserError(*problem[1].split("\0", 1)) if problem else None
+        problem = self.problem(error.packed if error else None)
+        return UserError.unpacked(problem[1]) if problem else None
 
     def memory_is_enough(self, problem: str | None) -> None:
         """Raise RanksOutOfMemory on all ranks if memory has run out on one of them, whose `problem` says so."""
-        if told := self.problem(problem):
-            raise RanksOutOfMemory(f"rank {told[0]}: {told[1]}")
+        if first := self.problem(problem):
+            raise RanksOutOfMemory(f"rank {first[0]}: {first[1]}")
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
@@ -166,6 +168,16 @@ class Ranks:
         self.finish([self.gather(received, piece)])
         rows = received.view(self.world, size)
         return [rows[rank, :length].numpy().tobytes() for rank, length in enumerate(lengths.tolist())]
+
+    def hear_hosts_first(self, device: torch.device) -> None:
+        """Let messages of a GPU time out after those of the hosts.
+
+        Both wait for a rank that hangs. The hosts' messages end the run with a sentence, NCCL's watchdog aborts the process.
+        """
+        if self.world > 1 and device.type == "cuda":
+            from torch.distributed.distributed_c10d import _get_default_group
+
+            _get_default_group()._get_backend(device)._set_default_timeout(TIMEOUT + _NCCL_MARGIN)
 
     def sum_(self, tensor: Tensor) -> Work:
         """Start to replace a tensor by its sum over all ranks."""

@@ -181,11 +181,11 @@ def test_ranks_agree_on_a_capture_that_fails_on_one(owner, method, error, stand_
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, failing)
-        here = Agreeing(0, 2, 0, 2)
-        tensors, micro_batch_size, captures, warnings = run("here", here)
-    there = Agreeing(0, 2, 0, 2, other={number: text for number, text in enumerate(here.told) if text})
-    others, *same_end, others_warnings = run("there", there)
-    assert len(there.told) == len(here.told) and len(there.other) == 1 and not any(there.told)
+        failed = Agreeing(0, 2, 0, 2)
+        tensors, micro_batch_size, captures, warnings = run("failed", failed)
+    intact = Agreeing(0, 2, 0, 2, other={number: text for number, text in enumerate(failed.told) if text})
+    others, *same_end, others_warnings = run("intact", intact)
+    assert len(intact.told) == len(failed.told) and len(intact.other) == 1 and not any(intact.told)
     assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True)) and same_end == [micro_batch_size, captures]
     assert len(warnings) == len(others_warnings) == 1
     if owner is DLion:

@@ -21,7 +21,7 @@ from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
 from fastsd.train import shards
 from fastsd.train.gradient_sums import GradientSums
-from fastsd.train.ranks import ALONE, Ranks, check_stage, joined_ranks, local_device, ranks_of
+from fastsd.train.ranks import ALONE, TIMEOUT, Ranks, check_stage, joined_ranks, local_device, ranks_of
 from fastsd.train.step import Step
 from fastsd.train.trainable import Layout
 from fastsd_kernels import TRITON
@@ -56,6 +56,16 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     assert local_device("cpu", third) == "cpu" and local_device("cuda", ALONE) == "cuda"
     with refused("ranks-no-nccl", ranks=12):
         local_device("auto", third)
+
+
+def test_nccl_waits_longer_than_the_sentence_about_a_rank_that_hangs(monkeypatch):
+    waits = []
+    backend = SimpleNamespace(_set_default_timeout=waits.append)
+    group = SimpleNamespace(_get_backend=lambda device: backend)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_group", lambda: group)
+    for ranks, device in ((ALONE, "cuda"), (Ranks(0, 2, 0, 2), "cpu"), (Ranks(0, 2, 0, 2), "cuda:1")):
+        ranks.hear_hosts_first(torch.device(device))
+    assert len(waits) == 1 and waits[0] > TIMEOUT
 
 
 def test_a_stage_that_ranks_cannot_share_is_refused():
