@@ -15,6 +15,7 @@ from typing import Literal
 from fastsd.config.schema import Config
 from fastsd.errors import Stopped
 from fastsd.terminal.console import Console
+from fastsd.train.ranks import RankLost
 
 Event = Literal["stage", "finished", "error"]
 
@@ -43,6 +44,9 @@ def notified_end(config: Config, console: Console) -> Iterator[None]:
     try:
         yield
     except Stopped:
+        raise
+    except RankLost:  # its text is a library's
+        notify(config, "error", f"{config.run}: another rank has ended, or does not answer")
         raise
     except Exception as error:
         notify(config, "error", f"{config.run}: {console.copyable(str(error)) or type(error).__name__}")

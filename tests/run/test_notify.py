@@ -9,6 +9,9 @@ from tiny import job
 from fastsd.config.schema import load_config
 from fastsd.errors import UserError
 from fastsd.run.loop import train
+from fastsd.run.notify import notified_end
+from fastsd.terminal.console import STDOUT
+from fastsd.train.ranks import RankLost
 
 STAGES = "".join(
     f'[[stage]]\nname = "{name}"\ntrain = ["unet"]\nuntil = 1\nbatch = 2\noptimizer = "lion"\nlr = {lr}\n'
@@ -50,6 +53,14 @@ def test_an_error_is_notified(notified):
         train(config)
     (line,) = events_in(out, 1)
     assert line == f"error|{config.run}|{config.run}: {error.value}"
+
+
+def test_the_loss_of_another_rank_is_notified_in_words(notified):
+    path, out, command = notified
+    config = load_config(path, [command])
+    with pytest.raises(RankLost), notified_end(config, STDOUT):
+        raise RankLost("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert events_in(out, 1) == [f"error|{config.run}|{config.run}: another rank has ended, or does not answer"]
 
 
 def test_warnings_are_written_down(notified, tiny_model):
