@@ -1,7 +1,7 @@
 """Fill one cache by several machines that share no locks, kill one of them, and compare the result with that of one machine.
 
     python bench/cache_machines.py [--images 2000] [--out FILE]
-    python bench/cache_machines.py --kills 50 --images 400 [--out FILE]
+    python bench/cache_machines.py --kills 10 --seeds 5 --images 400 [--cases processes machines] [--out FILE]
 
 Machines are processes with names of their own. In each, every lock and every SQLite database of the cache fails that is not
 in the machine's own folder. The encoder is a stub with a delay, so figures are counts, not speeds.
@@ -45,7 +45,8 @@ from fastsd.data.building.upkeep import prune, verify
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.errors import UserError
 
-LOST_SECONDS = 4.0  # of the kills, so that others wait less
+LOST_SECONDS = 1.0  # of the kills, so that others wait less. A machine that is taken for lost too early costs work only.
+SHAPES = {"processes": [""] * 4, "machines": ["a", "b"]}  # of the kills: names of the machines of each process
 
 
 def refuse_foreign_locks(root: str, name: str) -> None:
@@ -152,11 +153,13 @@ def killed_once(root: Path, names: list[str], victim: int, moment: float) -> tup
     return killed, False, seconds
 
 
-def kill_many(root: Path, images: int, kills: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def kill_many(
+    root: Path, expected: tuple[Any, ...], images: int, kills: int, seed: int, cases: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Kill processes until there were so many kills of each case."""
     beats.LOST_SECONDS = LOST_SECONDS  # deleting orphans waits for machines that do not say that they have ended
-    expected, shapes = content(root), {"4 processes of one machine": [""] * 4, "2 machines": ["a", "b"]}
-    for case_name, names in shapes.items():
+    for case_name in cases:
+        names = SHAPES[case_name]
         for _ in range(2):  # the first start imports PyTorch
             remove_cache(root)
             *_, duration = killed_once(root, names, 0, 600)
@@ -178,7 +181,10 @@ def kill_many(root: Path, images: int, kills: int, seed: int) -> Iterator[tuple[
                 counts["other content"] += not same(content(root), expected)
                 counts["orphan shards deleted"] += prune(root / "cache").shards
                 assert not verify(root / "cache") and same(content(root), expected)
-        yield case_name, {**counts, "seconds without a kill": round(duration, 1), "moments": sorted(moments)}
+        yield (
+            f"{len(names)} {case_name}, seed {seed}",
+            {**counts, "lost after": LOST_SECONDS, "seconds without a kill": round(duration, 1), "moments": sorted(moments)},
+        )
 
 
 def main() -> None:
@@ -186,6 +192,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="so many times the kills, with seeds from --seed on")
+    parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp())
@@ -194,9 +202,11 @@ def main() -> None:
     build_cache(config(root, batch=16), StubVae())
     expected = content(root)
     results: dict[str, object] = {}
-    for case_name, counts in kill_many(root, options.images, options.kills, options.seed) if options.kills else ():
-        results[case_name] = counts
-        print(case_name, json.dumps(counts), flush=True)
+    for seed in range(options.seed, options.seed + options.seeds) if options.kills else ():
+        for case_name, counts in kill_many(root, expected, options.images, options.kills, seed, options.cases):
+            results[case_name] = counts
+            print(case_name, json.dumps(counts), flush=True)
+            write(options.out, options.images, results)
     for name, machines, killed in (("two", "ab", ""), ("killed", "abcd", "c")) if not options.kills else ():
         remove_cache(root)
         outcome = case(root, machines, killed, options.seed)
@@ -209,10 +219,13 @@ def main() -> None:
         }
         print(name, json.dumps(results[name]))
     shutil.rmtree(root)
-    if options.out:
-        options.out.write_text(
-            json.dumps({"stamp": stamp(torch.device("cpu")), "images": options.images, **results}, indent=1) + "\n"
-        )
+    write(options.out, options.images, results)
+
+
+def write(path: Path | None, images: int, results: dict[str, object]) -> None:
+    """Write the results so far, if there is a path."""
+    if path:
+        path.write_text(json.dumps({"stamp": stamp(torch.device("cpu")), "images": images, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
