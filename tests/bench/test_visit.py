@@ -1,8 +1,10 @@
 """The plan of a visit to a GPU, and a visit without one."""
 
+import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import gpu
 import pytest
@@ -35,6 +37,8 @@ def dry_visit(out: str, *names: str) -> None:
     """Run `python bench/gpu.py --dry`. Its programs are forks, because imports would take nearly all of the time."""
     for key in [key for key in os.environ if key.startswith("PYTEST_XDIST")]:
         del os.environ[key]  # pytest-benchmark would disable itself in a process of xdist
+    for name in gpu.SCRIPTS:
+        importlib.import_module(Path(gpu.PARTS[name].files[0]).stem)  # for the libraries that it imports
     os.chdir(ROOT)
     with forked_programs():
         sys.exit(gpu.main(["--dry", "--limit", "1500", "--out", out, "--only", *names]))

@@ -1,6 +1,7 @@
 """Compare the UNet's output, gradients and weights with those of diffusers, and the workload table with the UNet."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,7 +83,13 @@ def test_other_widths_and_depths_equal_diffusers(side, sizes):
     assert_equal(expected, result, count=len(expected[1]))
 
 
-@pytest.mark.slow
+def test_unet_with_all_layers_of_sd15_equals_diffusers():
+    """A quarter as wide. Two tests below compare the sizes of all layers and tensors."""
+    narrow = replace(UNetConfig.sd15(), block_out_channels=(80, 160, 320, 320), cross_attention_dim=192, norm_groups=16)
+    assert_equal(*run_both(narrow, 16, 1), count=686)
+
+
+@pytest.mark.hours
 def test_full_size_unet_equals_diffusers(whole_machine):
     assert_equal(*run_both(UNetConfig.sd15(), 16, 1), count=686)
 

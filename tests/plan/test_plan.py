@@ -43,25 +43,6 @@ ROOM = int(24 * GIB) - RESERVED
 PARAMETERS = sum(size * count for size, count in workload.PARAMETERS.items())
 
 
-@pytest.fixture(autouse=True)
-def reuse_plans(monkeypatch, plans):
-    """Plan stages only once if they differ only in the device's memory."""
-
-    def plan_or_reuse(shapes, stage, resolution, device_bytes, ops=None, **options):
-        key = repr((shapes, stage, resolution, ops and ops.name, options))
-        if key not in plans:
-            plans[key] = plan_stage(shapes, stage, resolution, device_bytes, ops, **options)
-        plans[key].device_bytes = device_bytes
-        return plans[key]
-
-    monkeypatch.setattr("fastsd.plan.plan.plan_stage", plan_or_reuse)
-
-
-@pytest.fixture(scope="module")
-def plans() -> dict[str, StagePlan]:
-    return {}
-
-
 @pytest.fixture(scope="module")
 def sd15() -> Shapes:
     return Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE)

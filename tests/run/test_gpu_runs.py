@@ -57,16 +57,16 @@ def run_on_gpu(folder, model, images, stages: str, *overrides: str):
 def test_run_with_a_graph_has_the_bits_of_one_without(tmp_path, small_model, images):
     """Samples and validation come between the replays. Each stage captures its graph, on the GPU of the config."""
     results = []
-    for i, (device, graph) in enumerate((("cuda", "true"), ("cuda:1", "true"), ("cuda:1", "false"))):
+    for i, (device, graph) in enumerate((("cuda:1", "true"), ("cuda", "false"))):
         settings = *VALIDATION, f'device="{device}"', f"cuda_graph={graph}"
         folder, text, gpu = run_on_gpu(tmp_path / str(i), small_model, images, STAGES, *settings)
         assert len(gpu.capture_options) == (2 if graph == "true" else 0)
         assert "RTX 4090" in text and not gpu.gpus[device == "cuda"].live.peak
         rows = [row for name in ("log.jsonl", "validation.jsonl") for row in rows_of(folder, name)]
         results.append((final(folder), rows))
-    for tensors, rows in results[:2]:
-        assert same(tensors, results[2][0]) and rows == results[2][1]
-    assert {row["stage_step"] for row in results[0][1] if "loss_smooth" in row} == {*range(1, STEPS + 1)}
+    (tensors, rows), (expected, expected_rows) = results
+    assert same(tensors, expected) and rows == expected_rows
+    assert {row["stage_step"] for row in rows if "loss_smooth" in row} == {*range(1, STEPS + 1)}
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ ERRORS = {
     "capture": RuntimeError("CUDA error: operation failed due to a previous error during capture"),
 }
 ERRORS["capture"].__context__ = ERRORS["allocator"]
-POINTS = 20
+POINTS = 12
 
 
 @pytest.mark.parametrize("name", ERRORS)
