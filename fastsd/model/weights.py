@@ -123,13 +123,21 @@ def empty_component(component: str, config: dict[str, Any], place: str) -> nn.Mo
         ) from None
 
 
+# What `expected_tensors` has built: each export asks again for the same model.
+_EXPECTED: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+
 def expected_tensors(component: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
     """Return the tensors, without data, that a config requires, under their names in the component's file."""
-    module = empty_component(component, config, place)
-    if component == "unet":
-        return diffusers_state_dict(cast(UNet, module))
-    state = module.state_dict()
-    return state if component == "vae" else {classic_text_name(name): tensor for name, tensor in state.items()}
+    key = component, repr(config)
+    if key not in _EXPECTED:
+        module = empty_component(component, config, place)
+        if component == "unet":
+            _EXPECTED[key] = diffusers_state_dict(cast(UNet, module))
+        else:
+            name_of = classic_text_name if component == "text_encoder" else str
+            _EXPECTED[key] = {name_of(name): tensor for name, tensor in module.state_dict().items()}
+    return dict(_EXPECTED[key])
 
 
 def check_names(

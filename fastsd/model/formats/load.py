@@ -27,7 +27,7 @@ from fastsd.model.formats.write import write_pipeline
 from fastsd.model.latent_space import SHIFTS, LatentSpace
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
 from fastsd.model.model import Model, usable_scheduler
-from fastsd.model.shapes import check_text_to_image
+from fastsd.model.shapes import check_text_to_image, materialize
 from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
@@ -41,6 +41,8 @@ from fastsd.model.weights import (
     plain_name,
 )
 from fastsd_kernels import REFERENCE, Ops
+
+CPU = torch.device("cpu")
 
 
 def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
@@ -105,7 +107,7 @@ def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
     assert component is not None  # `File.read` refuses a file without a UNet
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_diffusers(component.config, component.config_file), ops)
-    unet.to_empty(device="cpu")
+    materialize(unet, CPU)
     load_diffusers_unet(unet, component.tensors, component.place)
     return unet
 
@@ -124,7 +126,8 @@ def load_text(table: ModelTable, base: Path, notes: list[str] | None = None) -> 
             f"model.base is {base}, a single file without a text encoder; set model.tokenizer to a diffusers folder with "
             "tokenizer/ and text_encoder/",
         )
-    module = empty_component("text_encoder", component.config, component.config_file).to_empty(device="cpu")
+    module = empty_component("text_encoder", component.config, component.config_file)
+    materialize(module, CPU)
     _fill_position_ids(module)
     targets = {classic_text_name(name): tensor for name, tensor in module.state_dict().items()}
     copy_tensors(targets, component.tensors, component.place)
@@ -160,7 +163,7 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:
-    # This buffer is not in the state dict, so after `to_empty` nothing else gives it values.
+    # This buffer is not in the state dict, so after `materialize` nothing else gives it values.
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids"), name
         buffer.copy_(torch.arange(buffer.shape[-1]))
@@ -189,7 +192,7 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
 
     module = empty_component("vae", config, component.config_file)
     LatentSpace.of(config, component.config_file)
-    module.to_empty(device="cpu")
+    materialize(module, CPU)
     copy_tensors(module.state_dict(), component.tensors, component.place)
     return Vae(module, name, ops)
 
