@@ -130,7 +130,7 @@ def _case_label(case: Case) -> str:
 def bench_options(setup: Setup, setting: Setting, names: list[str]) -> options.BenchOptions:
     settings = {f"stage.0.{key}": getattr(setting, key) for key in ("optimizer", "batch", "checkpointing")}
     settings |= {"deterministic": setting.deterministic, "cuda_graph": setting.graph}
-    if setup.dry:
+    if setup.small or setup.dry:  # a trial run
         settings["stage.0.batch"] = 1
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     extra_options: dict[str, Any] = {"steps": setup.rounds, "peers": ",".join(names) or "none"}
