@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fastsd.train.memory import DirectMode
 from fastsd_kernels.launch import OPERATORS, Launch
 
 SUMS, BIAS_SUMS, CONV_BIAS = "sums of residuals and gradients", "bias sums", "convolution bias and its gradient"
@@ -70,7 +70,7 @@ class Operation(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DirectMode):
     """Records the operations of a `with` block. Views and allocations are not recorded.
 
     Args:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastsd.config.schema import StageTable
@@ -26,7 +25,7 @@ from fastsd.plan.communication import Message, RehearsedRanks, Segment, Wait
 from fastsd.plan.operations import Operation, Recorder
 from fastsd.sampling.generate import BATCH
 from fastsd.train.flow import Teacher
-from fastsd.train.memory import LiveBytes
+from fastsd.train.memory import DirectMode, LiveBytes
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON, Ops
@@ -253,7 +252,7 @@ class _Layout(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
 
-class WithoutData(TorchDispatchMode):
+class WithoutData(DirectMode):
     """Corrects PyTorch's operations on tensors without data.
 
     Copies to main memory are allowed. They take no memory, because only the GPU's counts. Convolutions of channels-last images

@@ -66,7 +66,15 @@ def count_failed_allocations(device: torch.device) -> int:
     return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0))
 
 
-class LiveBytes(TorchDispatchMode):
+class DirectMode(TorchDispatchMode):
+    """A dispatch mode that PyTorch calls directly. It imports its compiler for others, and calls them through it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class LiveBytes(DirectMode):
     """Context manager that tracks every storage allocated on one device inside the block until it is freed.
 
     Args:
