@@ -14,6 +14,7 @@ from fastsd.config.schema import StageTable
 from fastsd.plan.operations import ARENA, BIAS_SUMS, CONV_BIAS, GROUPS, JOINS, OTHER, SUMS, UPDATE, Recorder, traffic
 from fastsd.plan.plan import plan_stage
 from fastsd.plan.rehearsal import WithoutData
+from fastsd.train.memory import LiveBytes
 from fastsd_kernels import TRITON
 from fastsd_kernels.dlion import dlion_triton
 from fastsd_kernels.launch import meta, recording
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.skipif(TRITON is None, reason="the kernels of a GPU nee
 def recorder():
     with recording(89) as launches, WithoutData():
         yield Recorder(launches)
+
+
+@pytest.mark.parametrize("mode", [LiveBytes, Recorder, WithoutData])
+def test_modes_are_called_without_the_compiler(mode):
+    """PyTorch wraps the method of a mode that may not be compiled. The wrapper imports the compiler, which takes seconds."""
+    assert not hasattr(mode.__torch_dispatch__, "__wrapped__")
 
 
 def image(channels: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -58,6 +58,14 @@ def test_a_single_file_gives_back_every_name_and_size(pair):
     assert expected_tensors(component, read_config, "").keys() == expected.keys()
 
 
+def test_the_names_of_a_config_are_built_once(monkeypatch):
+    first = expected_tensors("vae", SD15_VAE, "")
+    count = len(first)
+    first.clear()  # the caller's own
+    monkeypatch.setattr("fastsd.model.weights.empty_component", None)
+    assert len(expected_tensors("vae", dict(SD15_VAE), "another place")) == count > 200
+
+
 def numbered(*templates):
     return st.builds(str.format, st.sampled_from(templates), st.integers(0, 12))
 
