@@ -222,10 +222,10 @@ def test_work_between_replays_does_not_change_results(gpu_kernels, tmp_path):
     settings = {**OPTIMIZERS["dlion"], "precision": "bf16"}
     undisturbed, _, _ = train(tmp_path / "undisturbed", gpu_kernels, True, [4] * STEPS, **settings)
     disturbed, _, _ = train(tmp_path / "disturbed", gpu_kernels, True, [4] * STEPS, use_the_unet, **settings)
-    cleared, _, _ = train(tmp_path / "cleared", gpu_kernels, True, [4] * 2 * STEPS, lambda step: step.free_graphs(), **settings)
-    replayed, _, _ = train(tmp_path / "replayed", gpu_kernels, True, [4] * 2 * STEPS, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(undisturbed, disturbed, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(cleared, replayed, strict=True))
+    # Each step after the warm-up captures a graph.
+    cleared, _, _ = train(tmp_path / "cleared", gpu_kernels, True, [4] * STEPS, lambda step: step.free_graphs(), **settings)
+    for other in (disturbed, cleared):
+        assert all(torch.equal(a, b) for a, b in zip(undisturbed, other, strict=True))
 
 
 @pytest.mark.slow
