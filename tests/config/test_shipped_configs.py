@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = {
     "data.resolution": 32, "sample.prompts": ["a red circle"], "sample.images": 1, "sample.steps": 2, "sample.guidance": 2.0,
-    "log.every": 1, "log.tensorboard": False, "stage.until": 4, "stage.batch": 4, "stage.micro_batch": 2,
+    "log.every": 1, "log.tensorboard": False, "stage.until": 4, "stage.batch": 4, "stage.micro_batch": 4,
     "stage.sample_every": 2, "stage.checkpoint_every": 2,
 }  # fmt: skip
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
@@ -52,8 +52,6 @@ class World:
             small |= {"validate.held_out": 4, "validate.every": 2, "validate.bands": 2, "validate.per_band": 1}
         if "stabilised" in text:
             small["validate.stabilised"] = 4
-        if "fused_backward" in text:
-            small["stage.micro_batch"] = 4
         values = (small | overrides).items()
         return [f"{key}={json.dumps(value) if isinstance(value, (list, bool)) else value}" for key, value in values]
 
