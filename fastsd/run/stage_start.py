@@ -42,10 +42,10 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         run.console.echo(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
     teacher = _load_teacher(run, name) if stage.teacher else None
-    if teacher and index == 0 and not resumed:
-        fit_to_teacher(run, teacher)
     micro_batch_size = _micro_batch_size(run, index, resumed=resumed)
     try:
+        if teacher and index == 0 and not resumed:
+            fit_to_teacher(run, teacher)
         with run.ranks.allocating():
             step = _create_step(run, index, micro_batch_size, teacher)
     except Exception as error:
