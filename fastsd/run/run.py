@@ -131,12 +131,9 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
         model = _load_model(config, ops, newest)
-        Shapes.of(model).check_heads(ops)
         warnings += model.notes
         if newest is None and any(stage.teacher for stage in config.stage):
             progress = replace(progress, base_key=base_key(config.model, model.unet))
-        check_export(config, model)
-        check_samples(model, config)
         warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
         with work("opening the cache"):
             data = stack.enter_context(closing(TrainingData(config, model, saved, ranks)))
@@ -218,8 +215,13 @@ def _choose_checkpoint(
 
 
 def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
+    """Load the model of the newest checkpoint, or the base. Raises UserError if it cannot be trained, exported or sampled."""
     # A checkpoint is a complete model, so the base is no longer needed.
-    return load_to_train(table_of(str(newest), config.model) if newest else config.model, ops, config.seed, newest)
+    model = load_to_train(table_of(str(newest), config.model) if newest else config.model, ops, config.seed, newest)
+    Shapes.of(model).check_heads(ops)
+    check_export(config, model)
+    check_samples(model, config)
+    return model
 
 
 def _count_parameters(config: Config, index: int, model: Model) -> int:

@@ -74,11 +74,12 @@ def test_only_two_layers_are_fitted(fitted):
     path, folder, _ = fitted
     config = load_config(path, [*FLOW, *WORLD, f"run={folder.parent / 'untrained'}"])
     base = dict(load_model(ModelTable(base=str(MODELS / "base"))).unet.named_parameters())
-    with open_run(config, Console(file=StringIO())) as opened:
-        modules = opened.model.unet.conv_in, opened.model.unet.conv_out
-        fit_to_teacher(opened, load_teacher(config.model, opened.ops))
-        changed = {name for name, weight in opened.model.unet.named_parameters() if not torch.equal(weight, base[name])}
-        assert (opened.model.unet.conv_in, opened.model.unet.conv_out) == modules and opened.model.unet.cfg.in_channels == 4
+    with open_run(config, Console(file=StringIO())) as untrained:
+        unet = untrained.model.unet
+        modules = unet.conv_in, unet.conv_out
+        fit_to_teacher(untrained, load_teacher(config.model, untrained.ops))
+        changed = {name for name, weight in unet.named_parameters() if not torch.equal(weight, base[name])}
+        assert (unet.conv_in, unet.conv_out) == modules and unet.cfg.in_channels == 4
     assert changed == set(LAYERS)
 
 
@@ -87,11 +88,11 @@ def test_the_time_embedding_against_least_squares_of_numpy():
     teacher, embedding = load_teacher(table), load_model(table).unet.time_embedding
     weight, bias = (parameter.detach().double().numpy() for parameter in (embedding.linear_1.weight, embedding.linear_1.bias))
     s = torch.linspace(0, 1, 2001)
-    told, known = embedding.waves(1000 * s).double().numpy(), embedding.waves(teacher.base_timesteps(s)[1]).double().numpy()
-    rows = np.hstack([told, np.ones((2001, 1))])
+    waves, targets = embedding.waves(1000 * s).double().numpy(), embedding.waves(teacher.base_timesteps(s)[1]).double().numpy()
+    rows = np.hstack([waves, np.ones((2001, 1))])
     initial = np.hstack([weight, bias[:, None]])
     root = np.sqrt(1e-2 * (rows**2).sum(0).mean()) * np.eye(rows.shape[1])
-    expected = np.linalg.lstsq(np.vstack([rows, root]), np.vstack([known @ weight.T + bias, root @ initial.T]), rcond=None)[0]
+    expected = np.linalg.lstsq(np.vstack([rows, root]), np.vstack([targets @ weight.T + bias, root @ initial.T]), rcond=None)[0]
     with torch.no_grad():
         fit_time_embedding(embedding, teacher)
     np.testing.assert_allclose(embedding.linear_1.weight.detach().numpy(), expected[:-1].T, atol=1e-5)

@@ -22,15 +22,15 @@ WAIT = timedelta(minutes=2)
 def start(store: HashStore, world: int, late: tuple[int, ...] = ()) -> list[str]:
     """Start ranks in threads, the late ones last. Return a key of the view that each of them has."""
 
-    def view(rank: int) -> str:
+    def join(rank: int) -> str:
         time.sleep(0.3 if rank in late else 0)
-        own = store_of_start(store, rank, world, WAIT)
-        own.set(f"rank {rank}", "here")
-        own.wait([f"rank {other}" for other in range(world)], WAIT)
-        return str(own.add("name", 1))
+        view = store_of_start(store, rank, world, WAIT)
+        view.set(f"rank {rank}", "here")
+        view.wait([f"rank {other}" for other in range(world)], WAIT)
+        return str(view.add("name", 1))
 
     with ThreadPoolExecutor(world) as pool:
-        return sorted(pool.map(view, range(world)))
+        return sorted(pool.map(join, range(world)))
 
 
 @pytest.mark.parametrize("late", [(), (0,), (1, 2)])
