@@ -29,9 +29,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fastsd.errors import out_of_memory
 from fastsd.model import align
 from fastsd.model.select import selected
-from fastsd.model.unet import TimeEmbedding
+from fastsd.model.unet import Attention, TimeEmbedding
 from fastsd.run.run import Run
 from fastsd.run.validation import Strata
 from fastsd.terminal.console import work
@@ -43,7 +44,7 @@ from fastsd_kernels.noise import Purpose
 LAYERS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias", "conv_out.weight", "conv_out.bias"
 FEWEST, MOST, MEASURED = 64, 512, 32  # images that determine the fit, and others that measure it
 _ROWS = 32  # rows of features for each unknown weight of an output channel
-_BATCH = 8  # images per forward
+_BATCH = 4  # images per forward; training needs more memory than these without gradients
 _TIME_RIDGE = 1e-2  # as a multiple of the mean square of a sinusoid
 _GRID = 2001  # values of s for the time embedding
 
@@ -57,19 +58,43 @@ def fit_to_teacher(run: Run, teacher: Teacher) -> None:
     if not set(LAYERS) <= selected(run.model, stage.train, f"stage {name!r}: train").get("unet", set()):
         return
     weights: dict[str, Tensor] = {key: weight for key, weight in unet.named_parameters() if key in LAYERS}
-    if run.ranks.main:
-        teacher.unet.to(run.device)
-        with precision_switches("fp32", teacher.unet), precision_switches("fp32", unet):
-            before, after = _fit(run, teacher)
+    sent = b""
+    if run.ranks.main and (distances := _fit_if_memory_is_enough(run, teacher)):
+        sent = save({key: weight.contiguous() for key, weight in weights.items()})
         run.console.echo(
             f"{name}: time embedding and last convolution are fitted to the base's flow; mean square distance from it "
-            f"{before:.3g} -> {after:.3g} on {MEASURED} other images"
+            f"{distances[0]:.3g} -> {distances[1]:.3g} on {MEASURED} other images"
         )
-    sent = save({key: weight.contiguous() for key, weight in weights.items()}) if run.ranks.main else b""
-    fitted = load(run.ranks.gathered(sent)[0])
-    for key, weight in weights.items():
-        weight.copy_(fitted[key])
-    run.saving.changed.add("unet")
+    fitted = run.ranks.gathered(sent)[0]
+    for key, tensor in (load(fitted) if fitted else {}).items():
+        weights[key].copy_(tensor)
+        run.saving.changed.add("unet")
+
+
+def _fit_if_memory_is_enough(run: Run, teacher: Teacher) -> tuple[float, float] | None:
+    """Fit both layers in fp32. Return the distances before and after, or None, with a warning, if memory has run out."""
+    unet, name = run.model.unet, run.config.stage_name(0)
+    attention = next(layer.precision for layer in unet.modules() if isinstance(layer, Attention))
+    before = [(weight, weight.clone()) for key, weight in unet.named_parameters() if key in LAYERS]
+    try:
+        teacher.unet.to(run.device)
+        with precision_switches("fp32", teacher.unet), precision_switches("fp32", unet):
+            return _fit(run, teacher)
+    except Exception as error:
+        problem = out_of_memory(error)
+        if problem is None:
+            raise
+        for weight, copy in before:
+            weight.copy_(copy)
+        run.console.warn(
+            f"{name}: training begins without fitting the UNet to the base's flow, for which memory ran out: {problem}"
+        )
+        return None
+    finally:  # the stage moves a teacher in its own precision
+        unet.set_attention_precision(attention)
+        teacher.unet.to("cpu")
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _fit(run: Run, teacher: Teacher) -> tuple[float, float]:
@@ -83,7 +108,7 @@ def _fit(run: Run, teacher: Teacher) -> tuple[float, float]:
     before = _distance(run, teacher, measured)
     fit_time_embedding(unet.time_embedding, teacher)
 
-    images, layers, edges = 0, align.edge_layers(unet), (unet.conv_in, unet.conv_out, unet.cfg)
+    images, layers, edges = 0, align.edge_layers(teacher.unet), (unet.conv_in, unet.conv_out, unet.cfg)
     P, C = layers["conv_out.weight"][0].numel(), len(layers["conv_out.weight"])
     moments = align.Moments(P + C, run.device)
     align.put(unet, align.reading_features(layers))
@@ -107,10 +132,10 @@ def _fit(run: Run, teacher: Teacher) -> tuple[float, float]:
 
 def fit_time_embedding(embedding: TimeEmbedding, teacher: Teacher) -> None:
     """Fit the first layer, so that at T s it returns what it returned at the base's timestep (see the note above)."""
-    layer, device = embedding.linear_1, embedding.linear_1.weight.device
+    layer, base, device = embedding.linear_1, teacher.unet.time_embedding.linear_1, embedding.linear_1.weight.device
     s_N = torch.linspace(0, 1, _GRID, device=device)
     told_NE, known_NE = (embedding.waves(t_N).double().cpu() for t_N in (teacher.total * s_N, teacher.base_timesteps(s_N)[1]))
-    weight_OE, bias_O = layer.weight.double().cpu(), layer.bias.double().cpu()
+    weight_OE, bias_O = base.weight.double().cpu(), base.bias.double().cpu()
     ones_N1 = torch.ones(_GRID, 1, dtype=torch.float64)
     rows_NK, initial_OK = torch.cat([told_NE, ones_N1], dim=1), torch.cat([weight_OE, bias_O[:, None]], dim=1)
     target_NO = known_NE @ weight_OE.T + bias_O

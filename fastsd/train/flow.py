@@ -176,9 +176,10 @@ class Teacher:
 
     def base_timesteps(self, s_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest s that the base has seen, and the base's t with that ratio of signal to noise, both fp32 (B,)."""
-        inside_B, last = s_B.clamp(self.s_T[0], self.s_T[-1]), len(self.s_T) - 1
-        above_B = torch.searchsorted(self.s_T, inside_B).clamp(1, last)
-        lower_B, upper_B = self.s_T[above_B - 1], self.s_T[above_B]
+        s_T, last = self.s_T.to(s_B.device), len(self.s_T) - 1
+        inside_B = s_B.clamp(s_T[0], s_T[-1])
+        above_B = torch.searchsorted(s_T, inside_B).clamp(1, last)
+        lower_B, upper_B = s_T[above_B - 1], s_T[above_B]
         return inside_B, above_B - 1 + (inside_B - lower_B) / (upper_B - lower_B)
 
     @torch.no_grad()

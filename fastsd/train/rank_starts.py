@@ -4,7 +4,7 @@ torchrun keeps one store for its whole life.  After it has started ranks again, 
 are gone still stand there, and a rank that is early would connect to them.  torchrun's number of restarts does not tell starts
 apart, because each machine counts its own.  So rank 0 gathers the processes that are there, and gives their start a name:
 
-    start RANK          the process of the rank, as a random number, which an earlier one of this rank may have written
+    start RANK          the process of the rank, as a random number. One that another process overwrites is no longer wanted
     roll                a name for the start, and the processes that rank 0 has read. It writes another one when they change
     present NAME RANK   the rank has read its process on the roll with that name
     begins NAME         all ranks have; those that were started earlier cannot
@@ -35,13 +35,14 @@ def store_of_start(store: Store, rank: int, world: int, timeout: timedelta) -> S
 
     Raises:
         UserError: a rank has not come.
+        RuntimeError: the store is gone, or another process has taken this rank's place.
     """
     from torch.distributed import PrefixStore
 
     process, roll, end = uuid.uuid4().hex, "", time.monotonic() + timeout.total_seconds()
     store.set(f"start {rank}", process)
     starts = [f"start {other}" for other in range(world)]
-    while time.monotonic() < end:
+    while time.monotonic() < end and store.get(starts[rank]).decode() == process:
         if rank == 0 and store.check(starts):
             processes = " ".join(store.get(key).decode() for key in starts)
             if processes != roll.partition(" ")[2]:
@@ -55,6 +56,8 @@ def store_of_start(store: Store, rank: int, world: int, timeout: timedelta) -> S
         if roll and store.check([f"begins {name}"]):
             return PrefixStore(name, store)
         time.sleep(_PAUSE)
+    if time.monotonic() < end:
+        raise RuntimeError(f"another process has become rank {rank}")
     raise UserError(
         "ranks-absent",
         f"rank {rank} has waited {timeout.total_seconds() / 60:.3g} minutes for {world} ranks to start; "

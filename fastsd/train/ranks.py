@@ -118,8 +118,8 @@ class Ranks:
         """Return the first rank that has a problem, and its text. Return None if no rank has one."""
         if not self.any_rank(text):
             return None
-        texts = enumerate(self.gathered((text or "").encode()))
-        return next((rank, data.decode()) for rank, data in texts if data)
+        texts = enumerate(self.gathered((text or "").encode(errors="surrogateescape")))
+        return next((rank, data.decode(errors="surrogateescape")) for rank, data in texts if data)
 
     def error(self, error: UserError | None) -> UserError | None:
         """Return the error of the first rank that has one, so that all can end with it."""
@@ -322,9 +322,16 @@ def joined_ranks() -> Iterator[Ranks]:
     from fastsd.train.rank_starts import store_of_start
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    shared, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=TIMEOUT))
-    store = store_of_start(shared, ranks.rank, ranks.world, TIMEOUT)
-    dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
+    try:
+        shared, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=TIMEOUT))
+        store = store_of_start(shared, ranks.rank, ranks.world, TIMEOUT)
+        dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
+    except RuntimeError as error:  # PyTorch's errors of stores and connections
+        raise UserError(
+            "ranks-not-joined",
+            f"rank {ranks.rank} on {platform.node()} cannot join the other ranks ({str(error).splitlines()[0]}); see what they "
+            "print, and start all ranks again",
+        ) from None
     ends = RankEnds(store, ranks.rank, ranks.world)
     try:
         yield ranks

@@ -14,6 +14,8 @@ from fastsd.config.schema import ModelTable, load_config
 from fastsd.demo.demo import MODELS
 from fastsd.demo.world import write_dataset
 from fastsd.model.formats.load import load_model
+from fastsd.model.unet import Attention
+from fastsd.run import flow_fit
 from fastsd.run.flow_fit import LAYERS, fit_time_embedding, fit_to_teacher
 from fastsd.run.run import open_run
 from fastsd.run.teacher import load_teacher
@@ -70,7 +72,14 @@ def test_layers_that_a_stage_does_not_train_are_not_fitted(train, tmp_path, tiny
     assert "fitted" not in run(job(tmp_path, tiny_model, images, STAGE), *keys)[1]
 
 
-def test_only_two_layers_are_fitted(fitted):
+@pytest.fixture
+def few_images(monkeypatch):
+    """The fit is made from 16 images and measured on 8, which is enough to see which weights change."""
+    for name, count in (("FEWEST", 16), ("MEASURED", 8), ("_ROWS", 1)):
+        monkeypatch.setattr(flow_fit, name, count)
+
+
+def test_only_two_layers_are_fitted(fitted, few_images):
     path, folder, _ = fitted
     config = load_config(path, [*FLOW, *WORLD, f"run={folder.parent / 'untrained'}"])
     base = dict(load_model(ModelTable(base=str(MODELS / "base"))).unet.named_parameters())
@@ -81,6 +90,37 @@ def test_only_two_layers_are_fitted(fitted):
         changed = {name for name, weight in unet.named_parameters() if not torch.equal(weight, base[name])}
         assert (unet.conv_in, unet.conv_out) == modules and unet.cfg.in_channels == 4
     assert changed == set(LAYERS)
+
+
+def test_a_second_fit_changes_nothing(fitted, few_images):
+    """A run that was saved before its first step is fitted again when it is resumed. Attention has its precision afterwards."""
+    path, folder, _ = fitted
+    config = load_config(path, [*FLOW, *WORLD, f"run={folder.parent / 'twice'}"])
+    with open_run(config, Console(file=StringIO())) as twice:
+        unet, teacher = twice.model.unet, load_teacher(config.model, twice.ops)
+        unet.set_attention_precision("tf32")
+        fit_to_teacher(twice, teacher)
+        once = {name: weight.clone() for name, weight in unet.named_parameters()}
+        fit_to_teacher(twice, teacher)
+        assert all(torch.equal(weight, once[name]) for name, weight in unet.named_parameters())
+        assert {layer.precision for layer in unet.modules() if isinstance(layer, Attention)} == {"tf32"}
+
+
+def test_without_memory_training_begins_with_the_base(fitted, few_images, monkeypatch):
+    path, folder, _ = fitted
+    config = load_config(path, [*FLOW, *WORLD, f"run={folder.parent / 'little'}"])
+    base = dict(load_model(ModelTable(base=str(MODELS / "base"))).unet.named_parameters())
+    text = StringIO()
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("fastsd.model.align.refit_last", fail)
+    with open_run(config, Console(file=text)) as little:
+        fit_to_teacher(little, load_teacher(config.model, little.ops))
+        assert all(torch.equal(weight, base[name]) for name, weight in little.model.unet.named_parameters())
+        assert not little.saving.changed
+    assert says(text.getvalue(), "flow-unfitted", stage="learned")
 
 
 def test_the_time_embedding_against_least_squares_of_numpy():

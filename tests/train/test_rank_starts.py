@@ -47,6 +47,26 @@ def test_a_rank_that_does_not_come_is_told():
     assert start(store, 2, (1,)) == ["1", "2"]  # also after a start that was given up
 
 
+def test_a_process_whose_place_another_one_takes_ends():
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(store_of_start, store, 0, 2, WAIT)
+        store.wait(["start 0"], WAIT)
+        assert start(store, 2) == ["1", "2"]
+        with pytest.raises(RuntimeError, match="another process has become rank 0"):
+            early.result()
+
+
+@pytest.mark.parametrize("agent", ["True", "False"])
+def test_a_store_that_is_not_there_is_one_sentence(agent, monkeypatch):
+    monkeypatch.setattr("fastsd.train.ranks.TIMEOUT", timedelta(seconds=1))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": agent}
+    for key, value in {**address, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    with refused("ranks-not-joined", rank="1"), joined_ranks():
+        pass
+
+
 def end_with_an_error() -> None:
     with joined_ranks() as ranks:
         ranks.wait()
