@@ -122,6 +122,10 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
             if due.log or done:
                 log.row(result, batch, batches)
 
+            if due.snapshot:  # before the checkpoint, so that a run that goes on from there has it
+                with log.paused():
+                    run.saving.snapshot(train_step)
+
             if due.checkpoint or done:
                 _check_ranks(run, train_step)
                 _save(run, train_step, log, keep=due.permanent or done)
@@ -130,10 +134,6 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                         "stage-end-not-saved",
                         f"{run.folder}: end of stage {index + 1} not saved, see the warning above; fix that and run again",
                     )
-
-            if due.snapshot:
-                with log.paused():
-                    run.saving.snapshot(train_step)
 
             if (due.validation or done) and not ranks.any_rank(signals):
                 log.flush()

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastsd.errors import UserError
 from fastsd.run.checkpoint import by_average
 from fastsd.run.folder import step_of
-from fastsd.storage import TensorFile, make_folder, new_file, write_safetensors
+from fastsd.storage import TEMPORARY, TensorFile, make_folder, new_file, write_safetensors
 from fastsd.terminal.console import counted
 from fastsd.train.averages import Profile
 
@@ -116,8 +116,8 @@ def snapshots(run: Path) -> tuple[list[Snapshot], list[str]]:
 
 
 def remove_later(run: Path, step: int) -> None:
-    """Delete the snapshots after a step, which the run is about to repeat."""
+    """Delete the snapshots after a step, which the run is about to repeat, and those that were not written to their end."""
     with contextlib.suppress(OSError):  # the run replaces them
-        for path in (run / SNAPSHOTS).glob("step-*.safetensors"):
-            if step_of(path) > step:
+        for path in (run / SNAPSHOTS).glob("*.safetensors"):
+            if path.name.startswith(TEMPORARY) or step_of(path) > step:
                 path.unlink()

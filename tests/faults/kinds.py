@@ -107,7 +107,8 @@ def _faults_in(shop: Workshop, name: str, kind: str) -> list[tuple[Fault, int]]:
     """Return the errors that calls of a command for one kind of file can have, and the number of such calls."""
     faults = [Fault(names, FILES[kind], error=number) for number, names in ERRORS.items()]
     counts = [sum(_matches(call, fault) for call in shop.reference(name).calls) for fault in faults]
-    return [(fault, calls) for fault, calls in zip(faults, counts, strict=True) if calls]
+    recorded = [(fault, calls) for fault, calls in zip(faults, counts, strict=True) if calls]
+    return recorded or [(fault, 3) for fault in faults if "read" in fault.calls]  # reads outside of the output are not recorded
 
 
 def _matches(call: Call, fault: Fault) -> bool:
