@@ -65,9 +65,9 @@ def fit_to_teacher(run: Run, teacher: Teacher) -> None:
             f"{name}: time embedding and last convolution are fitted to the base's flow; mean square distance from it "
             f"{distances[0]:.3g} -> {distances[1]:.3g} on {MEASURED} other images"
         )
-    fitted = run.ranks.gathered(sent)[0]
-    for key, tensor in (load(fitted) if fitted else {}).items():
-        weights[key].copy_(tensor)
+    if fitted := run.ranks.gathered(sent)[0]:
+        for key, tensor in load(fitted).items():
+            weights[key].copy_(tensor)
         run.saving.changed.add("unet")
 
 
