@@ -1,6 +1,6 @@
 """Training steps until a UNet of 4 latent channels draws with a VAE of 16, from three starts.
 
-    python bench/vae16.py [--starts aligned repeated zeroed] [--seeds 0 1 2] [--steps 200] [--out bench/results]
+    python bench/vae16.py --folder DIR [--starts aligned repeated zeroed] [--seeds 0 1 2] [--steps 200] [--out bench/results]
 
 aligned    `fastsd swap-vae --images`: all fits, and the best by its loss on images that did not determine it
 repeated   the rows of the first and the last convolution are repeated. The first one's are halved, so that white noise in 16
@@ -9,11 +9,14 @@ zeroed     the new channels' rows are zero, as `fastsd swap-vae` does without im
 
 Each is trained with the demo's images, noise and order, by Lion at 1e-4. At some of the steps, the script measures the loss on
 32 held-out images, and how many of 48 samples show the requested colour and shape. The result is the steps until 90 % do.
+Runs that are complete are not repeated: several calls may share DIR, each with other starts or seeds, and a last one gives the
+result of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -83,42 +86,63 @@ def draw(config: Config, step: int) -> tuple[float, list[Image.Image]]:
 
 
 def measure(config: Config, steps: list[int], pictures: Path) -> dict[str, Any]:
-    """Train from one start, and draw after some of the steps. Save a row of samples for each in `pictures`."""
-    loss_by_step, accuracy_by_step = losses(config), dict[int, float]()
-    prompts = [prompt for *_, prompt in world.prompts()[:SHOWN]]
-    for step in steps:
-        accuracy_by_step[step], images = draw(config, step)
-        title = f"{Path(config.run).name}, step {step}: {accuracy_by_step[step]:.0%}"
-        with new_file(pictures / f"{Path(config.run).name}-{step:04d}.png") as temporary:
-            world.picture([(title, images[:SHOWN])], prompts).save(temporary, "PNG")
-        print(title, f"loss {loss_by_step.get(step, float('nan')):.4f}", flush=True)
-    steps_to_accuracy = first(accuracy_by_step, lambda value: value >= TARGET_ACCURACY)
-    return {"steps_to_accuracy": steps_to_accuracy, "accuracy": accuracy_by_step, "loss": loss_by_step}
+    """Train from one start, and draw after some of the steps, until 90 % of the samples are correct. Keep the pictures."""
+    run = Path(config.run)
+    stored = run / "accuracy.json"
+    if not stored.exists():
+        loss_by_step, accuracy_by_step = losses(config), dict[int, float]()
+        for step in steps:
+            if step in SHOWN_STEPS or max(accuracy_by_step.values(), default=0.0) < TARGET_ACCURACY:
+                accuracy_by_step[step], images = draw(config, step)
+                title = f"{run.name.rpartition('-')[0]}, step {step}: {accuracy_by_step[step]:.0%}"
+                prompts = [prompt for *_, prompt in world.prompts()[:SHOWN]]
+                with new_file(pictures / f"{run.name}-{step:04d}.png") as temporary:
+                    world.picture([(title, images[:SHOWN])], prompts).save(temporary, "PNG")
+                print(run.name, title, f"loss {loss_by_step.get(step, float('nan')):.4f}", flush=True)
+        replace_file(stored, json.dumps({"accuracy": accuracy_by_step, "loss": loss_by_step}))
+    result = {
+        name: {int(step): value for step, value in values.items()}
+        for name, values in json.loads(stored.read_text(encoding="utf-8")).items()
+    }
+    return {"steps_to_accuracy": first(result["accuracy"], lambda value: value >= TARGET_ACCURACY), **result}
+
+
+def sheet(pictures: Path, starts: list[str], seed: int, path: Path) -> None:
+    """Save the pictures of one seed: a row for each start, a column for each of the steps that are shown."""
+    rows = [[Image.open(pictures / f"{start}-{seed}-{step:04d}.png") for step in SHOWN_STEPS] for start in starts]
+    width, height = rows[0][0].size
+    whole = Image.new("RGB", (width * len(SHOWN_STEPS), height * len(rows)))
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            whole.paste(image, (j * width, i * height))
+    with new_file(path) as temporary:
+        whole.save(temporary, "PNG")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="folder for the results and a sheet of pictures")
     parser.add_argument("--folder", type=Path, required=True, help="for models, runs and pictures")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=25)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.folder / "pictures").mkdir(parents=True, exist_ok=True)
     record = make_starts(args.folder, args.starts)
     steps = sorted({*range(0, args.steps + 1, args.every), *(step for step in SHOWN_STEPS if step <= args.steps)})
     cache(config_of(args.folder, args.starts[0], 0, args.steps, args.every), QUIET)
     runs: dict[str, dict[int, Any]] = {start: {} for start in args.starts}
-    fits = {name: {key: fit.get(key) for key in ("loss", "se", "r2", "gain")} for name, fit in record.get("fits", {}).items()}
+    fits = {name: {key: fit.get(key) for key in ("loss", "se", "r2")} for name, fit in record.get("fits", {}).items()}
     result = {"what": "4 to 16 latent channels on the demo, from three starts", "fits": fits, "runs": runs}
     result |= {"threads": torch.get_num_threads(), "stamp": stamp(torch.device("cpu"))}
-    for seed in args.seeds:
-        for start in args.starts:
-            config = config_of(args.folder, start, seed, args.steps, args.every)
-            runs[start][seed] = measure(config, steps, args.folder / "pictures")
-            replace_file(args.out / f"vae16-{'-'.join(args.starts)}.json", json.dumps(result, indent=1) + "\n")
+    for seed, start in itertools.product(args.seeds, args.starts):
+        config = config_of(args.folder, start, seed, args.steps, args.every)
+        runs[start][seed] = measure(config, steps, args.folder / "pictures")
+        if args.out:
+            replace_file(args.out / "vae16-cpu.json", json.dumps(result, indent=1) + "\n")
+    if args.out and args.steps >= max(SHOWN_STEPS):
+        sheet(args.folder / "pictures", args.starts, args.seeds[0], args.out / "vae16.png")
 
 
 if __name__ == "__main__":

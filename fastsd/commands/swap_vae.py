@@ -36,7 +36,7 @@ from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
-from fastsd.model import align
+from fastsd.model import align, bypass
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import component_state_dict, load_vae, write_component, write_rest
 from fastsd.model.formats.write import check_folder_name
@@ -101,7 +101,7 @@ def swap_vae(
     _print_changes(console, model, new_vae, aligning=bool(images))
 
     fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # for the output
-    edge_layers = align.edge_layers(model.unet)
+    edge_layers = align.edge_layers(model.unet) | bypass.last_layers(model.unet)
     record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
     if normalise:
         record |= {"normalised": str(normalise)} | new_vae.latent_space.settings()
@@ -355,9 +355,9 @@ class _Alignment:
         self.fit_index_N, self.measure_index_N = pairs.indices(measuring=False), pairs.indices(measuring=True)
         self.start_time, self.done = time.perf_counter(), 0
         channels, new_channels = pairs.x_NCHW.shape[1], pairs.y_NDHW.shape[1]
-        self.gains = align.GAINS if new_channels > channels else ()  # of the part of y_t that the base does not take
-        refits = max(len(self.gains), 1)
-        self.total = refits * len(self.fit_index_N) + (len(FITS) + refits) * len(self.measure_index_N)
+        # The norm groups of the last features that carry y_t, if its channels are more than the base takes.
+        self.groups = bypass.groups_for(model.unet.cfg, new_channels) if new_channels > channels else 0
+        self.total = (1 + bool(self.groups)) * len(self.fit_index_N) + (1 + len(FITS)) * len(self.measure_index_N)
 
     @torch.no_grad()
     def compare(self, edge_layers: align.EdgeLayers) -> dict[str, _Measured]:
@@ -371,30 +371,37 @@ class _Alignment:
         fits += [fit(fit_pairs, schedule) for fit in (align.fit_orthogonal, align.fit_affine, align.fit_kernel)]
         for name, fit in zip(FITS, fits, strict=True):
             mapped_layers = align.fold_into_edges(edge_layers, fit)
+            if name == "kernel":
+                if self.groups:
+                    mapped_layers = self._carry(mapped_layers, edge_layers, fit_pairs, schedule)
+                ridge = align.CARRIED_RIDGE if self.groups else align.LAST_RIDGE
+                mapped_layers = align.refit_last(mapped_layers, self._features(mapped_layers, self.pairs.y_NDHW), ridge)
             record: dict[str, Any] = {}
             if fit.A is not None and fit.c is not None:
                 record = {"A": fit.A.tolist(), "c": fit.c.tolist()}
-            starts: dict[float, align.EdgeLayers] = {0.0: mapped_layers}
-            if name == "kernel" and self.gains:
-                starts = {gain: align.pass_rest(mapped_layers, edge_layers, fit_pairs, schedule, gain) for gain in self.gains}
-            candidates = []
-            for gain, start in starts.items():
-                layers = self._refit(start) if name == "kernel" else start
-                gains = {"gain": gain} if gain else {}
-                loss = self._loss(layers, self.pairs.y_NDHW)
-                candidates.append(_Measured(layers, measure_pairs.r2(fit), loss, record | gains))
-            results[name] = min(candidates, key=lambda candidate: candidate.loss["loss"])
+            loss = self._loss(mapped_layers, self.pairs.y_NDHW)
+            results[name] = _Measured(mapped_layers, measure_pairs.r2(fit), loss, record)
         return results
 
-    def _refit(self, edge_layers: align.EdgeLayers) -> align.EdgeLayers:
+    def _carry(
+        self, mapped_layers: align.EdgeLayers, base: align.EdgeLayers, pairs: align.Pairs, schedule: align.Schedule
+    ) -> align.EdgeLayers:
+        """Carry y_t past the base's blocks, in place of those of its last features that it needs least."""
+        norm_groups, features = self.model.unet.cfg.norm_groups, base["conv_out.weight"].shape[1]
+        moments = self._features(base, self.pairs.x_NCHW)
+        groups = bypass.spare_groups(moments, features, norm_groups, self.groups)
+        return bypass.carry(mapped_layers, base, pairs, schedule, groups, norm_groups)
+
+    def _features(self, edge_layers: align.EdgeLayers, latents_NCHW: Tensor) -> align.Moments:
+        """Return the moments of patches of the last features and of the targets, over the images that determine the fits."""
         align.put(self.model.unet, align.reading_features(edge_layers))
-        columns = edge_layers["conv_out.weight"][0].numel() + len(edge_layers["conv_out.weight"])
+        columns = edge_layers["conv_out.weight"][0].numel() + latents_NCHW.shape[1]
         moments = align.Moments(columns, self.model.unet.conv_in.weight.device)
-        for batch in self._batches(self.fit_index_N, self.pairs.y_NDHW):
+        for batch in self._batches(self.fit_index_N, latents_NCHW):
             for features_BFHW, target_BDHW in self.strata.forwards(*batch):
                 for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # one image's patches in memory
                     moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
-        return align.refit_last(edge_layers, moments, align.REST_RIDGE if self.gains else align.LAST_RIDGE)
+        return moments
 
     def _loss(self, edge_layers: align.EdgeLayers, latents_NCHW: Tensor) -> dict[str, float]:
         align.put(self.model.unet, edge_layers)

@@ -37,11 +37,10 @@ the rest     w = N y, where the D - C rows of N complete those of Q, and e = Q^T
 
                  e_w^ = b (a^2 Cov(r) + b^2)^-1 (w_t - M (x_t - b n^) - a m)
 
-             Only the kernel fit can estimate it. Its first convolution also writes w_t into those directions of the features
-             that the base uses least (`pass_rest`). The skip connection carries them past all blocks to the last one, and
-             `refit_last` reads both w_t and n^ there, by least squares over images, noise and timesteps: the noise's own best
+             Only the kernel fit can estimate it. It carries y_t past all blocks to the last convolution (`bypass`), and
+             `refit_last` reads both y_t and n^ there, by least squares over images, noise and timesteps: the noise's own best
              estimate from the features. Approximate: the coefficients above change with t, but a convolution's do not; the
-             features that are added disturb the base. All other fits predict no noise outside of Q.
+             base loses some of its last features. All other fits predict no noise outside of Q.
 
 Shapes: B images, C channels of x, D of y, H x W positions. Patches are 3x3, flattened channel first like convolution weights:
 9 C or 9 D numbers. F features enter the last convolution. K columns of N rows.
@@ -59,9 +58,8 @@ from fastsd.model.unet import UNet
 
 RIDGE = 1e-7  # ridge of the affine fit, as a multiple of the mean variance of y
 LAST_RIDGE = 1e-3  # ridge of the fit of conv_out, as a multiple of the mean variance of a feature
-REST_RIDGE = 1e-6  # the same if y has more channels than x, whose noise is to be read from small features
-GAINS = (0.7, 1.4, 2.8)  # deviations of the features that hold the rest of y_t, as multiples of that of all others together
-# conv_in.weight, conv_in.bias, conv_out.weight and conv_out.bias by name, in fp64 on the CPU.
+CARRIED_RIDGE = 1e-6  # the same if y_t is among the features: the other features must not be drawn to the base's weights
+# Weights and biases of conv_in and conv_out by name, and of other layers that a fit changes, in fp64 on the CPU.
 EdgeLayers = dict[str, Tensor]
 
 
@@ -240,35 +238,12 @@ def edge_layers(unet: UNet) -> EdgeLayers:
 def fold_into_edges(layers: EdgeLayers, fit: Fit) -> EdgeLayers:
     """Return edge layers for a UNet that takes y_t and predicts e or v of y. The given `layers` take x_t."""
     in_weight_FP = layers["conv_in.weight"].flatten(1)
-    return {
+    return layers | {
         "conv_in.weight": (in_weight_FP @ fit.to_x).unflatten(1, (-1, 3, 3)),
         "conv_in.bias": layers["conv_in.bias"] + in_weight_FP @ fit.offset,
         "conv_out.weight": torch.einsum("dc,cfij->dfij", fit.to_y, layers["conv_out.weight"]),
         "conv_out.bias": fit.to_y @ layers["conv_out.bias"] + fit.shift,
     }
-
-
-def pass_rest(layers: EdgeLayers, base: EdgeLayers, pairs: Pairs, schedule: Schedule, gain: float) -> EdgeLayers:
-    """Return `layers` with a first convolution that also writes w_t - E[a] E[w], the rest of y_t, into its features.
-
-    Its D - C numbers go to the directions in which the base's features of x_t vary least, all with one deviation.
-
-    Args:
-        layers: the first convolution takes y_t, which has more channels than x_t.
-        base: the base's edge layers, which take x_t.
-        gain: the deviation of a direction per unit of w_t, as a multiple of that of all features of x_t together.
-    """
-    Q, _, _, _, mean_y = _procrustes(pairs)
-    rest_RD = torch.linalg.svd(Q)[2][len(Q) :]
-    in_weight_FP = base["conv_in.weight"].flatten(1)
-    white = torch.kron(torch.eye(len(Q)), pairs.inside.diag())
-    features_FF = in_weight_FP @ (schedule.power * pairs.xx + (1 - schedule.power) * white) @ in_weight_FP.T
-    directions_FR = torch.linalg.eigh(features_FF)[1][:, : len(rest_RD)]
-    written_FD = gain * features_FF.trace().sqrt() * directions_FR @ rest_RD[: directions_FR.shape[1]]
-    weight = layers["conv_in.weight"].clone()
-    weight[:, :, 1, 1] += written_FD
-    bias = layers["conv_in.bias"] - schedule.signal * written_FD @ mean_y
-    return layers | {"conv_in.weight": weight, "conv_in.bias": bias}
 
 
 def reading_features(layers: EdgeLayers) -> EdgeLayers:
@@ -307,4 +282,6 @@ def put(unet: UNet, layers: EdgeLayers) -> None:
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         setattr(unet, name, conv.to(memory_format=torch.channels_last))
+    for name in layers.keys() - {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}:
+        unet.get_parameter(name).copy_(layers[name])
     unet.cfg = replace(unet.cfg, in_channels=unet.conv_in.in_channels, out_channels=unet.conv_out.out_channels)
