@@ -72,7 +72,8 @@ def config_of(folder: Path, start: str, seed: int, steps: int, every: int) -> Co
     overrides += [f"cache.dir={folder / 'cache'}", "sample.prompts=[]", "log.tensorboard=false", "validate.held_out=32"]
     overrides += [f"validate.every={every}", f"stage.until={steps}", "stage.optimizer=lion", "stage.lr=1e-4", "stage.warmup=0"]
     overrides += ["stage.sample_every=0", f"stage.checkpoint_every={every}", "stage.keep_checkpoints=1000"]
-    return load_config(folder / "demo.toml", overrides)
+    config = load_config(folder / "demo.toml", overrides)
+    return config.model_copy(update={"stage": config.stage[:1]})
 
 
 def draw(config: Config, step: int) -> tuple[float, list[Image.Image]]:
