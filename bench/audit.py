@@ -4,7 +4,7 @@
 
     ranking  audit 200 pictures like photographs, of which 10 are pages of small text, with the demo's VAE and with one that was
              trained on other such pictures: rank correlation of detail and error, places of the pages
-    kills    audit the same pictures with kill -9 at random moments; the files must equal those of an audit without kills
+    kills    audit the same pictures with kill -9 after random numbers of results; the files must equal those of an audit without kills
     rows     write the table of a million images from stored results: seconds and memory
 
 Correctness is asserted; speeds and correlations are printed.
@@ -13,12 +13,15 @@ Correctness is asserted; speeds and correlations are printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -42,6 +45,7 @@ from fastsd.storage import replace_file
 IMAGES, PAGES = 200, 10
 SIZES = (96, 96), (128, 64), (64, 128)
 ROWS = 1_000_000
+FURTHER = 60  # results that are stored between two kills, at most
 _OTHER_SEEDS = 1_000_000  # pictures that the VAE is trained on
 
 
@@ -132,29 +136,40 @@ def measure_ranking(folder: Path) -> dict[str, Any]:
     return figures
 
 
+def stored_results(store: Path) -> int:
+    """Return the number of results that an audit has stored so far."""
+    if not store.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as db:
+        try:
+            return int(db.execute("SELECT count(*) FROM audit").fetchone()[0])
+        except sqlite3.OperationalError:  # the table does not exist yet
+            return 0
+
+
 def measure_kills(folder: Path) -> dict[str, Any]:
+    """Kill an audit again and again, each time after a random number of further results. Compare its files with a whole one's."""
     words = ["--audit", "--worst", "4", "--against", str(MODELS / "vae")]
     outputs, kills = [], 0
     for name in ("whole", "killed"):
         shutil.rmtree(folder / name, ignore_errors=True)
         command = [sys.executable, "-m", "fastsd", "cache", str(write_config(folder / name, folder / "photo-vae", 64)), *words]
-        rng = random.Random(0)
+        rng, store = random.Random(0), folder / name / "cache/cache.sqlite"
         while True:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            results = folder / name / "cache/cache.sqlite"
-            while name == "killed" and not results.exists() and process.poll() is None:
-                time.sleep(0.05)
-            try:
-                assert process.wait(rng.uniform(0, 12) if name == "killed" else None) == 0
+            until = stored_results(store) + rng.randrange(FURTHER) if name == "killed" else math.inf
+            while process.poll() is None and stored_results(store) < until:
+                time.sleep(rng.uniform(0, 0.1))
+            if process.poll() is not None:
+                assert process.returncode == 0
                 break
-            except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-                kills += 1
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
         pages = (folder / name / "cache/audit").iterdir()
         outputs.append({path.suffix: path.read_bytes() for path in pages})
     assert outputs[0] == outputs[1], "the files differ"
-    return {"images": IMAGES, "kills": kills, "files equal": True}
+    return {"images": IMAGES, "VAEs": 2, "kills": kills, "files equal": True}
 
 
 def measure_rows(folder: Path) -> dict[str, Any]:
