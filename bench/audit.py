@@ -4,7 +4,8 @@
 
     ranking  audit 200 pictures like photographs, of which 10 are pages of small text, with the demo's VAE and with one that was
              trained on other such pictures: rank correlation of detail and error, places of the pages
-    kills    audit the same pictures with kill -9 after random numbers of results; the files must equal those of an audit without kills
+    kills    audit the same pictures with kill -9 after random numbers of results; the files must equal those of a
+             whole audit
     rows     write the table of a million images from stored results: seconds and memory
 
 Correctness is asserted; speeds and correlations are printed.
@@ -148,7 +149,7 @@ def stored_results(store: Path) -> int:
 
 
 def measure_kills(folder: Path) -> dict[str, Any]:
-    """Kill an audit again and again, each time after a random number of further results. Compare its files with a whole one's."""
+    """Kill an audit again and again, after random numbers of results. Compare its files with a whole one's."""
     words = ["--audit", "--worst", "4", "--against", str(MODELS / "vae")]
     outputs, kills = [], 0
     for name in ("whole", "killed"):
