@@ -56,7 +56,7 @@ def make_starts(folder: Path, starts: list[str]) -> dict[str, Any]:
     """Write the models to start from, unless an earlier call has. Return the record of the alignment."""
     demo._lay_out(folder, QUIET)
     base, vae = folder / "models" / "base", folder / "models" / "vae16"
-    world.write_dataset(folder / "others", 64, seed=9)
+    world.write_dataset(folder / "others", 256, seed=9)
     for start in starts:
         if (folder / start).exists():
             continue
