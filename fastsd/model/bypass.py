@@ -105,10 +105,10 @@ def carry(
     changed["conv_in.bias"] = without_directions(layers["conv_in.bias"]) - gain * schedule.signal * directions_FD @ mean_y
 
     size = len(layers["conv_norm_out.weight"]) // norm_groups
-    own = torch.tensor([group * size + i for group in groups for i in range(size)])
+    carried_F = torch.tensor([group * size + i for group in groups for i in range(size)])
     for name, tensor in changed.items():
         if not name.startswith("conv_in"):
-            tensor[own] = {"conv_norm_out.weight": 1.0, "conv_norm_out.bias": SILU_BIAS}.get(name, 0.0)
+            tensor[carried_F] = {"conv_norm_out.weight": 1.0, "conv_norm_out.bias": SILU_BIAS}.get(name, 0.0)
     shortcut = next(tensor for name, tensor in changed.items() if name.endswith("conv_shortcut.weight"))
-    shortcut[own[:channels], -len(directions_FD) :, 0, 0] = directions_FD.T / gain
+    shortcut[carried_F[:channels], -len(directions_FD) :, 0, 0] = directions_FD.T / gain
     return layers | changed
