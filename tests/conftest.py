@@ -73,6 +73,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Keep out what a test has imported, too. Its garbage is collected before, because frozen objects stay."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def stand_in():
     """One GPU in main memory, see `bench/cuda_stand_in.py`."""
