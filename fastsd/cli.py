@@ -92,15 +92,15 @@ def cache(
     audit: args.Auditing = False,
     against: args.Against = "",
     worst: args.Worst = None,
+    by: args.Measured = None,
 ) -> None:
     """Encode the images of CONFIG into its latent cache. Run the same command again to encode what is missing."""
     loaded = _load(config, overrides)
-    if audit or against or worst is not None:
+    if audit or against or by or worst is not None:
         from fastsd.compare import audit as audits
 
-        others = {"--verify": verify, "--prune": prune, "--stats": stats}
-        audits.check_options([option for option, is_set in others.items() if is_set], against, worst, audit=audit)
-        audits.audit(loaded, against, worst or audits.SHOWN)
+        audits.check_options({"--verify": verify, "--prune": prune, "--stats": stats}, against, worst, by, audit=audit)
+        audits.audit(loaded, against, worst or audits.SHOWN, by or args.Measure.error)
         return
     from fastsd.commands.cache import cache, inspect_cache
 

@@ -37,6 +37,11 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
+class Measure(StrEnum):
+    error = "error"
+    fine = "fine"
+
+
 class Form(StrEnum):
     diffusers = "diffusers"
     single_file = "single-file"
@@ -204,6 +209,12 @@ Machine = Annotated[
 Auditing = Annotated[bool, Option("--audit", help="Measure what the VAE changes in each image, and show the worst images.")]
 Against = Annotated[str, Option("--against", parser=text, metavar="VAE", help="With --audit: another VAE, to compare.")]
 Worst = Annotated[int | None, Option("--worst", metavar="N", help="With --audit: number of images on the page (default: 100).")]
+Measured = Annotated[
+    Measure | None,
+    Option(
+        "--by", help="With --audit: sort by the error (the default), or by the fine error, which shows text and thin lines."
+    ),
+]
 
 # sample
 Prompts = Annotated[

@@ -20,7 +20,7 @@ from fastsd.compare import charts
 from fastsd.compare.numbers import Table, Words
 from fastsd.compare.page import Section, chart, data_uri, page, table_section
 from fastsd.compare.runs import COLOURS
-from fastsd.data.building.round_trip import GAIN, LOSS, TILE, WORST, Audit, Distortion, Result
+from fastsd.data.building.round_trip import GAIN, LOSS, MEASURES, TILE, WORST, Audit, Result, largest
 from fastsd.data.sources.image import Rejected
 from fastsd.sampling.generate import to_image
 from fastsd.terminal.console import work
@@ -30,9 +30,10 @@ ENLARGED = 256  # px, longest side of an enlarged tile
 _BRIGHTEST = 96  # the factor of the differences gives the largest error of an image at most this brightness
 _BINS = 60  # at most, in the histogram
 _FRAME, _FRAME_EDGE = "#ff9500", "#000000"
-_WORST_NOTE = "Sorted by the error{}. A frame marks the tile with the largest error, which lies enlarged below."
+_WORST_NOTE = "Sorted by the {0}{1}. A frame marks the tile with the largest {0}, which lies enlarged below."
 _FRAME_NOTE = "A frame marks the tile with the largest difference."
-_TileErrors = Callable[[Sequence[Distortion]], np.ndarray]
+_PHRASES = dict(zip(MEASURES, ("error", "fine error"), strict=True))
+_TileErrors = Callable[[np.ndarray], np.ndarray]  # (V, R, S) -> (R, S)
 _Gallery = tuple[str, str, str, int, _TileErrors]  # title, note, order, number of images, errors that choose the tile
 
 
@@ -43,12 +44,12 @@ class AuditPage:
         labels: names of the VAEs.
         errors: both errors of all images by all VAEs, (V, 2, N).
         limit: number of images on the page.
+        by: the measure that sorts the images and chooses the tiles.
     """
 
-    def __init__(self, images: Audit, labels: Sequence[str], errors_V2N: np.ndarray, limit: int) -> None:
-        self.images, self.labels, self.errors, self.limit = images, labels, errors_V2N, limit
-        largest = float(errors_V2N[:, 0].max())
-        self.factor = 2 ** max(0, math.floor(math.log2(_BRIGHTEST / max(largest, 0.1))))
+    def __init__(self, images: Audit, labels: Sequence[str], errors_V2N: np.ndarray, limit: int, by: str) -> None:
+        self.images, self.labels, self.errors, self.limit, self.by = images, labels, errors_V2N, limit, by
+        self.factor = 2 ** max(0, math.floor(math.log2(_BRIGHTEST / max(float(errors_V2N[:, 0].max()), 0.1))))
 
     def html(self) -> str:
         title = f"{self.labels[0]} against {self.labels[1]}" if len(self.labels) > 1 else self.labels[0]
@@ -60,21 +61,21 @@ class AuditPage:
     def _galleries(self) -> list[_Gallery]:
         """Return the sections with images. With two VAEs, half of the limit is for images that are better with either."""
         if len(self.labels) == 1:
-            return [("Worst images", _WORST_NOTE.format(""), WORST, self.limit, _first_errors)]
+            return [("Worst images", _WORST_NOTE.format(_PHRASES[self.by], ""), WORST, self.limit, _first_errors)]
         galleries: list[_Gallery] = []
         quarter = -(-self.limit // 4)
         for order, sign in ((GAIN, 1), (LOSS, -1)):
             better, worse = self.labels[::sign]
-            note = f"Images with a smaller error than with {worse}, largest difference first. {_FRAME_NOTE}"
+            note = f"Images with a smaller {_PHRASES[self.by]} than with {worse}, largest difference first. {_FRAME_NOTE}"
             galleries.append((f"Better with {better}", note, order, quarter, _differences(sign)))
         rest = max(self.limit - 2 * quarter, 1)
-        note = _WORST_NOTE.format(f" with {self.labels[0]}")
+        note = _WORST_NOTE.format(_PHRASES[self.by], f" with {self.labels[0]}")
         return [*galleries, ("Worst images", note, WORST, rest, _first_errors)]
 
     def _figures(self) -> Table:
         note = (
             "Error: mean absolute difference of pixels from 0 to 255. Fine: its part in details of one to three pixels, such "
-            "as small letters and thin lines."
+            "as small letters and thin lines; --by fine sorts by it."
         )
         total, several = self.errors.shape[2], len(self.labels) > 1
         rows: list[Words] = []
@@ -89,11 +90,11 @@ class AuditPage:
         def draw(width: float) -> Figure:
             figure = Figure(figsize=(width, 3.2), dpi=charts.DPI, layout="constrained")
             axes = figure.subplots()
-            for label, (errors_N, _), colour in zip(self.labels, self.errors, COLOURS, strict=False):
+            for label, errors_N, colour in zip(self.labels, values_VN, COLOURS, strict=False):
                 axes.hist(errors_N, edges, histtype="stepfilled", color=colour, alpha=0.25)
                 axes.hist(errors_N, edges, histtype="step", color=colour, linewidth=1.6, label=label.replace("$", r"\$"))
             axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_xlabel("error")
+            axes.set_xlabel(phrase)
             axes.set_ylabel("images")
             axes.grid(color=charts.GRID, linewidth=0.8)
             axes.set_axisbelow(True)
@@ -103,13 +104,14 @@ class AuditPage:
                 axes.legend(frameon=False, fontsize=charts.TEXT)
             return figure
 
+        values_VN, phrase = self.errors[:, MEASURES.index(self.by)], _PHRASES[self.by]
         bins = min(_BINS, 8 + math.isqrt(self.errors.shape[2]))
-        edges = np.linspace(0, self.errors[:, 0].max() or 1, bins + 1).tolist()
-        return Section("Distribution", "How many images have which error.", chart(draw, "number of images by error"))
+        edges = np.linspace(0, values_VN.max() or 1, bins + 1).tolist()
+        return Section("Distribution", f"How many images have which {phrase}.", chart(draw, f"number of images by {phrase}"))
 
     def _gallery(self, title: str, note: str, order: str, limit: int, tile_errors: _TileErrors) -> Section:
         entries = []
-        for number, result in enumerate(self.images.results(order, limit), 1):
+        for number, result in enumerate(self.images.results(order, self.by, limit), 1):
             if order in (GAIN, LOSS) and (result.gain if order == GAIN else -result.gain) <= 0:
                 break
             entries.append(self._entry(number, result, tile_errors))
@@ -125,10 +127,9 @@ class AuditPage:
             texts.append(f"{label}: {errors}" if several else errors)
         if several:
             texts.insert(0, f"gain {result.gain:+.2f}")
-        tiles = tile_errors(result.distortions)
-        row, column = (int(index) for index in np.unravel_index(tiles.argmax(), tiles.shape))
+        row, column = largest(tile_errors(result.tiles))
         box = column * TILE, row * TILE, min((column + 1) * TILE, result.size[0]), min((row + 1) * TILE, result.size[1])
-        values = " and ".join(f"{distortion.tiles[0, row, column]:.1f}" for distortion in result.distortions)
+        values = " and ".join(f"{value:.1f}" for value in result.tiles[:, row, column])
         texts.append(f"tile at {box[0]}, {box[1]}: {values}")
         name = html.escape(result.image.name)
         try:
@@ -165,12 +166,13 @@ _STATISTICS: list[tuple[str, Callable[[np.ndarray], float]]] = [
 ]
 
 
-def _first_errors(distortions: Sequence[Distortion]) -> np.ndarray:
-    return distortions[0].tiles[0]
+def _first_errors(tiles_VRS: np.ndarray) -> np.ndarray:
+    first_RS: np.ndarray = tiles_VRS[0]
+    return first_RS
 
 
 def _differences(sign: int) -> _TileErrors:
-    return lambda distortions: sign * (distortions[1].tiles[0] - distortions[0].tiles[0])
+    return lambda tiles_VRS: sign * (tiles_VRS[1] - tiles_VRS[0])
 
 
 def _figure(image: Image.Image, caption: str, box: tuple[int, int, int, int], name: str) -> str:

@@ -23,7 +23,7 @@ from tiny import tiny_vae
 from fastsd.config.schema import ModelTable
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import decode, probe
-from fastsd.data.building.round_trip import Audit, distortion
+from fastsd.data.building.round_trip import Audit, Distortion, Result, distortion, largest
 from fastsd.demo.demo import MODELS
 from fastsd.model.formats.load import load_vae
 from fastsd.model.vae import Vae
@@ -45,14 +45,16 @@ def other_vae(tmp_path):
     return tmp_path / "other"
 
 
-def files(data):
-    """Return the files of all audits of a cache, by name."""
-    return {path.name: path.read_text() for path in (data.cache / "audit").iterdir()}
+def files(data, by_fine=None):
+    """Return the files of all audits of a cache by name, or of those sorted by either measure."""
+    texts = {path.name: path.read_text() for path in (data.cache / "audit").iterdir()}
+    return {name: text for name, text in texts.items() if by_fine in (None, "-fine" in name)}
 
 
-def table(data, comparison=False):
+def table(data, comparison=False, by_fine=False):
     """Return the head and the rows of an audit's table, of one VAE or of two."""
-    (text,) = (text for name, text in files(data).items() if name.endswith(".tsv") and ("-" in name) == comparison)
+    tables = {name.replace("-fine", ""): text for name, text in files(data, by_fine).items() if name.endswith(".tsv")}
+    (text,) = (text for name, text in tables.items() if ("-" in name) == comparison)
     head, *rows = (line.split("\t") for line in text.splitlines())
     return head, [dict(zip(head, row, strict=True)) for row in rows]
 
@@ -89,6 +91,14 @@ def test_flat_errors_are_not_fine_and_a_checkerboard_is():
     assert fine.error == pytest.approx(10, abs=1e-3) and fine.fine == pytest.approx(10, abs=0.2)
 
 
+def test_the_measure_that_sorts_also_chooses_the_tile():
+    first, second = ([[[5, 2, 1]], [[1, 2, 3]]], [[[1, 9, 1]], [[2, 2, 0]]])
+    distortions = [Distortion(*np.mean(tiles, (1, 2)), np.array(tiles, np.float16)) for tiles in (first, second)]
+    for by, places, gain in (("error", [(0, 0), (0, 1)], 1), ("fine", [(0, 2), (0, 0)], -2 / 3)):
+        result = Result(None, (192, 64), tuple(distortions), by)
+        assert [largest(tiles) for tiles in result.tiles] == places and result.gain == pytest.approx(gain)
+
+
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_each_image_has_the_error_of_its_crop(data, tiny_model, monkeypatch, is_cached):
     data.put("wide.png", png(picture(9, 60, 40)))
@@ -121,14 +131,21 @@ def test_the_images_with_most_fine_detail_are_worst(tmp_path, tiny_model, monkey
     shares[pages] = 1
     for number, share in enumerate(shares):
         data.put(f"{number:02}.png", png(photograph(number, share, 64, 64)))
-    data.run("cache", "--audit", "--worst", "3", f"model.base={MODELS / 'base'}", "data.resolution=64")
-    _, rows = table(data)
+    words = "cache", "--audit", "--worst", "3", f"model.base={MODELS / 'base'}", "data.resolution=64"
+    out = data.run(*words, "--by", "fine")
+    _, rows = table(data, by_fine=True)
     fine = {int(name[:2]): float(row["fine"]) for name, row in zip(names(rows), rows, strict=True)}
     assert sorted(sorted(fine, key=lambda number: -fine[number])[:3]) == pages
     ranks = [np.argsort(np.argsort(values)) for values in (shares, [fine[number] for number in range(24)])]
     assert np.corrcoef(*ranks)[0, 1] > 0.9
-    (listed,) = (text for name, text in files(data).items() if name.endswith("-worst.txt"))
-    assert [line.split("\t")[0] for line in listed.splitlines()[1:]] == [row["# path"] for row in rows[:3]]
+
+    listed = data.cache / "audit" / next(name for name in files(data, by_fine=True) if name.endswith("-worst.txt"))
+    assert says(out, "audit-exclude", count=3, path=listed)
+    head, *lines = listed.read_text().splitlines()
+    assert head == "# path\tfine" and sorted(int(os.path.basename(line)[:2]) for line in lines) == pages
+    assert [line.split("\t")[0] for line in lines] == [row["# path"] for row in rows[:3]]
+    (page,) = (text for name, text in files(data, by_fine=True).items() if name.endswith(".html"))
+    assert "Sorted by the fine error." in page and "How many images have which fine error." in page
 
 
 def test_interruptions_lose_a_batch_and_change_no_bit(data, monkeypatch, other_vae):
@@ -214,6 +231,14 @@ def test_two_vaes_are_compared_by_gain(data, other_vae):
     _, alone = table(data)
     assert {row["# path"]: row["error"] for row in alone} == {row["# path"]: row["error"] for row in rows}
 
+    out = data.run("cache", "--audit", "--against", other_vae, "--by", "fine", "--worst", "4")
+    assert says(out, "images-audited", measured=0, present=COUNT)
+    _, by_fine = table(data, comparison=True, by_fine=True)
+    gains = [float(row["against_fine"]) - float(row["fine"]) for row in by_fine]
+    assert [float(row["gain"]) for row in by_fine] == pytest.approx(gains, abs=2e-3) and gains == sorted(gains, reverse=True)
+    better, other = (f"{sum(sign * gain > 0 for gain in gains) / COUNT:.0%}" for sign in (1, -1))
+    assert says(out, "audit-shares", share=better, other=other, gain=f"{np.median(gains):+.2f}")
+
 
 def test_vaes_that_differ_in_their_decoders_are_told_from_each_other(data, tiny_model, tmp_path):
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae")
@@ -293,6 +318,7 @@ def test_bad_input(data, other_vae, tiny_model, tmp_path, monkeypatch):
 
     refuses("audit-option-alone", "--against", other_vae, option="--against")
     refuses("audit-option-alone", "--worst", "3", option="--worst")
+    refuses("audit-option-alone", "--by", "fine", option="--by")
     refuses("audit-with-others", "--audit", "--verify", "--prune", options="--verify, --prune")
     for number in (0, 1001):
         refuses("audit-worst", "--audit", "--worst", number, number=number)

@@ -303,7 +303,7 @@ def test_commands_of_the_pages_run_in_their_order(world, monkeypatch, capsys):
     monkeypatch.chdir(world.folder)
     lines = [line.strip() for page in PAGES for block in blocks(page) if kind(block) == "shell" for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("fastsd ") and " ".join(line.split()[:2]) not in NOT_RUN]
-    assert len(lines) == 35
+    assert len(lines) == 36
     for line in lines:
         if "runs/a" in line and not Path("runs/a").exists():
             for name in ("a", "b"):

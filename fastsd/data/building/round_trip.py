@@ -59,8 +59,9 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS audit (codec BLOB, content BLOB, error REAL, fine REAL, tiles BLOB,"
     " PRIMARY KEY (codec, content)) WITHOUT ROWID"
 )
-# Orders of results: by the first VAE's error, or by the second VAE's error minus the first one's.
-WORST, GAIN, LOSS = "a.error DESC", "b.error - a.error DESC", "b.error - a.error"
+MEASURES = ("error", "fine")  # in the order of `Distortion.tiles`
+# Orders of results by one of them: that of the first VAE, or the second VAE's minus the first one's.
+WORST, GAIN, LOSS = "a.{0} DESC", "b.{0} - a.{0} DESC", "b.{0} - a.{0}"
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,6 @@ class Distortion:
     error: float
     fine: float
     tiles: np.ndarray
-
-    @property
-    def worst_tile(self) -> tuple[int, int]:
-        """The row and the column of the tile with the largest error."""
-        row, column = np.unravel_index(self.tiles[0].argmax(), self.tiles.shape[1:])
-        return int(row), int(column)
 
 
 def distortion(pixels_3HW: Tensor, decoded_3HW: Tensor) -> Distortion:
@@ -114,16 +109,33 @@ class AuditedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """An image, the size in px at which it is cached, and its distortion by each VAE."""
+    """An image, the size in px at which it is cached, its distortion by each VAE, and the measure that sorts the results."""
 
     image: AuditedImage
     size: Size
     distortions: tuple[Distortion, ...]
+    by: str
+
+    @property
+    def values(self) -> list[float]:
+        """The measure of the whole image, with each VAE."""
+        return [getattr(distortion, self.by) for distortion in self.distortions]
 
     @property
     def gain(self) -> float:
-        """The error of the second VAE minus that of the first."""
-        return self.distortions[1].error - self.distortions[0].error
+        """The measure with the second VAE minus that with the first."""
+        return self.values[1] - self.values[0]
+
+    @property
+    def tiles(self) -> np.ndarray:
+        """The measure of each tile, (V, R, S) in fp16."""
+        return np.stack([distortion.tiles[MEASURES.index(self.by)] for distortion in self.distortions])
+
+
+def largest(tiles_RS: np.ndarray) -> tuple[int, int]:
+    """Return the row and the column of the tile with the largest value."""
+    row, column = np.unravel_index(tiles_RS.argmax(), tiles_RS.shape)
+    return int(row), int(column)
 
 
 @contextlib.contextmanager
@@ -330,9 +342,9 @@ class Audit:
         flat = np.fromiter((value for row in rows for value in row), np.float64)
         return flat.reshape(-1, len(self.vaes), 2).transpose(1, 2, 0)
 
-    def results(self, order: str = WORST, limit: int = -1) -> Iterator[Result]:
-        """Yield the results, sorted. Equal ones are sorted by path. There may be as many as images, so they are not kept."""
-        query = f"SELECT id, bucket_width, bucket_height {self._joined} ORDER BY {order}, path LIMIT ?"
+    def results(self, order: str = WORST, by: str = MEASURES[0], limit: int = -1) -> Iterator[Result]:
+        """Yield the results, sorted by a measure. Equal ones are sorted by path. There may be as many as images."""
+        query = f"SELECT id, bucket_width, bucket_height {self._joined} ORDER BY {order.format(by)}, path LIMIT ?"
         for id, width, height in self.db.execute(query, (*self.codecs, limit)):
             image, distortions = self._image(id), []
             for codec in self.codecs:
@@ -340,7 +352,7 @@ class Audit:
                 error, fine, tiles = self.db.execute(select, (codec, image.content)).fetchone()
                 shape = 2, math.ceil(height / TILE), math.ceil(width / TILE)
                 distortions.append(Distortion(error, fine, np.frombuffer(tiles, np.float16).reshape(shape)))
-            yield Result(image, (width, height), tuple(distortions))
+            yield Result(image, (width, height), tuple(distortions), by)
 
     @property
     def _joined(self) -> str:
