@@ -58,20 +58,6 @@ def out_of_memory(error: BaseException) -> str | None:
     return None
 
 
-def memory_error(cause: str, reason: str) -> UserError:
-    """Return the error of training for which memory is not enough.
-
-    Args:
-        cause: such as "while weights were updated".
-        reason: as PyTorch tells it.
-    """
-    return UserError(
-        "out-of-memory",
-        f"out of memory {cause} ({reason}); choose settings that `fastsd plan CONFIG` reports as fitting, and run again to "
-        "continue from the last checkpoint",
-    )
-
-
 _DISK_ADVICE = {
     errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.EIO: "check the disk", errno.EROFS: "make it writable",
     errno.EACCES: "give yourself permission", errno.EPERM: "give yourself permission", errno.ENOLCK: "use a disk with locks",

@@ -166,9 +166,10 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
             folder, config.log, progress.step, saved_at, console, progress.logs
         )
         stack.enter_context(closing(report))
-        smoothed, health = SmoothedLoss(device), LossHealth(device)
-        smoothed.load_state_dict(saved)
-        health.load_state_dict(saved)
+        with _memory_to_open(device, ranks):
+            smoothed, health = SmoothedLoss(device), LossHealth(device)
+            smoothed.load_state_dict(saved)
+            health.load_state_dict(saved)
         if newest and ranks.main:
             cost.record(position.progress, console)
         saving = Saving(config, model, position, smoothed, health, report, cost, saved, data.sets, ranks)
@@ -180,8 +181,8 @@ def open_run(config: Config, console: Console, start: str = "", ranks: Ranks = A
         run = Run(*args, warnings, ranks)
         if ranks.main:
             stack.enter_context(noticed_changes(config, data.latents.name, console))
-        for module in run.resident:
-            module.to(device)
+        with _memory_to_open(device, ranks):
+            nn.ModuleList(run.resident).to(device)
         yield run
 
 
@@ -195,6 +196,12 @@ def _locked(folder: Path, console: Console, ranks: Ranks) -> Iterator[None]:
             if earlier := finish_setting_aside(folder):
                 console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
         check_shared(folder, ranks)
+        yield
+
+
+@contextmanager
+def _memory_to_open(device: torch.device, ranks: Ranks) -> Iterator[None]:
+    with ranks.needing_memory(f"when the run was opened on {device}"), ranks.allocating():
         yield
 
 

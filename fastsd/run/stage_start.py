@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
+from fastsd.config.stages import COMPONENTS
 from fastsd.data.building.buckets import planned_side
-from fastsd.errors import UserError, memory_error, out_of_memory
+from fastsd.errors import UserError, out_of_memory
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
 from fastsd.plan.gpu_specs import gpu_of
@@ -43,16 +45,11 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
 
     teacher = _load_teacher(run, name) if stage.teacher else None
     micro_batch_size = _micro_batch_size(run, index, resumed=resumed)
-    try:
+    with run.ranks.needing_memory(f"at the start of stage {name!r}"):
         if teacher and index == 0 and not resumed:
             fit_to_teacher(run, teacher)
         with run.ranks.allocating():
             step = _create_step(run, index, micro_batch_size, teacher)
-    except Exception as error:
-        problem = out_of_memory(error)
-        if problem is None:
-            raise
-        raise memory_error(f"at the start of stage {name!r}", problem) from None
     if step.teacher:
         copied = sum(tensor.nbytes for tensor in step.teacher.copied)
         run.console.echo(f"{name}: the teacher takes {size_text(copied)} beside the weights that it shares with the model")
@@ -66,13 +63,32 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
 
 
 def evaluate_end(run: Run, index: int) -> None:
-    """Draw the samples and measure the validation at the end of a complete stage, if a kill has prevented them."""
-    if index == run.position.progress.stage and (missing := run.evaluation.missing()):
-        step = _create_step(run, index, run.position.progress.micro_batch_size)
-        step.load_averages(run.saving.state)
+    """Draw the samples and measure the validation at the end of a complete stage, if a kill has prevented them.
+
+    If memory runs out, they are skipped, and the model stays as it is.
+    """
+    if index != run.position.progress.stage or not (missing := run.evaluation.missing()):
+        return
+    modules = [run.model.component(name) for name in COMPONENTS]
+    weights = [(weight, weight.device, weight.data.cpu()) for module in modules for weight in module.parameters()]
+    try:
+        with run.ranks.allocating():
+            step = _create_step(run, index, run.position.progress.micro_batch_size, evaluates_only=True)
+            step.load_averages(run.saving.state)
+    except Exception as error:
+        problem = out_of_memory(error)
+        if problem is None:
+            raise
+    else:
         for evaluate in missing:
             evaluate(step)
         step.release()
+        return
+    gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
+    for weight, device, exact in weights:
+        weight.data = exact.to(device)
+    name = run.config.stage_name(index)
+    run.console.warn(f"out of memory for what is to be evaluated at the end of stage {name!r} ({problem}); it is skipped")
 
 
 def _load_teacher(run: Run, name: str) -> Teacher:
@@ -84,7 +100,9 @@ def _load_teacher(run: Run, name: str) -> Teacher:
     return teacher
 
 
-def _create_step(run: Run, index: int, micro_batch_size: int, teacher: Teacher | None = None) -> Step:
+def _create_step(
+    run: Run, index: int, micro_batch_size: int, teacher: Teacher | None = None, *, evaluates_only: bool = False
+) -> Step:
     config, carried = run.config, run.position.progress.carried
     cached_text = run.data.text_embeddings is not None
     args = run.model, config.stage[index], run.position.steps[index], config.seed, micro_batch_size
@@ -96,6 +114,7 @@ def _create_step(run: Run, index: int, micro_batch_size: int, teacher: Teacher |
         ranks=run.ranks,
         teacher=teacher,
         warn=run.console.warn,
+        evaluates_only=evaluates_only,
     )
 
 
@@ -120,13 +139,10 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     micro_batch_size = run.ranks.least(plan.largest_micro_batch())
 
     if micro_batch_size == 0:
-        world = run.ranks.world
-        several = f" --gpus {world} --machines {world // run.ranks.local_world}" if world > 1 else ""
-        command = f"fastsd plan CONFIG{several}"
         raise UserError(
             "stage-does-not-fit",
             f"stage {run.config.stage_name(index)!r} does not fit into {size_text(available)} on {run.device}, even with "
-            f"micro-batch 1; run `{command}` to find checkpointing, precision and optimizer settings that fit",
+            f"micro-batch 1; run `{run.ranks.plan_command}` to find checkpointing, precision and optimizer settings that fit",
         )
     run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {size_text(available)}")
     return micro_batch_size

@@ -23,7 +23,8 @@ after which one goes on, because they would otherwise wait for messages that it 
 
     memory runs out in a step       the rank still takes part in the sums, and all repeat the step with a smaller micro-batch
     in a capture                    nothing is sent in it; all repeat the step in the same way
-    at the start of a stage         all end
+    when a run is opened, or at     all end
+      the start of a stage
     for sharded state that is       all allocate before one sends: the evaluation or the checkpoint is skipped
       gathered
     a capture fails                 all go on without graphs
@@ -147,6 +148,43 @@ class Ranks:
                 raise
         if self.world > 1:
             self.memory_is_enough(problem)
+
+    @contextmanager
+    def needing_memory(self, cause: str) -> Iterator[None]:
+        """End with one sentence if memory runs out in the block. All ranks must know of it, so use `allocating` inside.
+
+        Args:
+            cause: as for `memory_error`.
+
+        Raises:
+            UserError: memory has run out.
+        """
+        try:
+            yield
+        except Exception as error:
+            problem = out_of_memory(error)
+            if problem is None:
+                raise
+            raise self.memory_error(cause, problem) from None
+
+    def memory_error(self, cause: str, reason: str) -> UserError:
+        """Return the error of training for which memory is not enough.
+
+        Args:
+            cause: such as "while weights were updated".
+            reason: as PyTorch tells it.
+        """
+        return UserError(
+            "out-of-memory",
+            f"out of memory {cause} ({reason}); choose settings that `{self.plan_command}` reports as fitting, and run again "
+            "to continue from the last checkpoint",
+        )
+
+    @property
+    def plan_command(self) -> str:
+        """The command that predicts the memory of these ranks."""
+        several = f" --gpus {self.world} --machines {self.world // self.local_world}" if self.world > 1 else ""
+        return f"fastsd plan CONFIG{several}"
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

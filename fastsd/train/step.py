@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS, StageTable
 from fastsd.data.loader import Batch
-from fastsd.errors import memory_error, out_of_memory
+from fastsd.errors import out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
 from fastsd.train.averages import PowerDecays
@@ -61,6 +61,8 @@ class Step:
         ranks: the ranks that share each batch. Batches contain this rank's images only.
         teacher: the base's flow. A stage with a teacher cannot train without it.
         warn: called with a line of text to warn the user.
+        evaluates_only: keep weights and averages only, to evaluate them. The step cannot train, and needs a fraction of the
+            memory.
 
     Attributes:
         components: all components of the step by name. Those that the stage trains also have an entry in `optimizers`.
@@ -85,6 +87,7 @@ class Step:
         ranks: Ranks = ALONE,
         teacher: Teacher | None = None,
         warn: Callable[[str], None] = print,
+        evaluates_only: bool = False,
     ) -> None:
         self.model, self.stage, self.total, self.carried_steps, self.warn = model, stage, total, carried_steps, warn
         self.trained = selected(model, stage.train, f"stage {stage.name!r}: train")
@@ -93,14 +96,16 @@ class Step:
         self.micro_batch_size = size if ranks.world == 1 else max(n for n in range(1, size + 1) if self.images % n == 0)
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
-        self.components = {name: self._component(name) for name in COMPONENTS if not (cached_text and name == "text_encoder")}
+        names = [name for name in COMPONENTS if not (cached_text and name == "text_encoder")]
+        self.components = {name: self._component(name, arena=not (evaluates_only or stage.fused_backward)) for name in names}
 
         # Values that change from step to step lie on the device, where a captured step reads them.
         self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.trained}
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
         self.powers = PowerDecays(stage.sigma_rel, self.device) if stage.sigma_rel else None
         self.frozen = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in self.trained}
+        updated = [] if evaluates_only else list(self.trained)
+        self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in updated}
         self.objective = objective_of(model.scheduler, seed, self.ops, stage, self.device)
         self.teacher = teacher
         if teacher:
@@ -109,12 +114,12 @@ class Step:
         self._arenas = [component.gradients for component in self.components.values() if component.gradients]
         self._fused: FusedUpdates | None = None
         if stage.fused_backward:
-            layouts = {name: self.components[name].layout for name in self.trained}
+            layouts = {name: self.components[name].layout for name in updated}
             self._fused = FusedUpdates(self.ops, self.optimizers, layouts)
-            for name in self.trained:
+            for name in updated:
                 self.components[name].send_gradients(partial(self._fused.receive, name))
 
-        shared = {name: self.components[name] for name in self.trained} if ranks.world > 1 else {}
+        shared = {name: self.components[name] for name in updated} if ranks.world > 1 else {}
         self._sums = GradientSums(ranks, list(shared.values())) if shared else None
         self._shards = ShardedUpdates(ranks, shared) if shared and stage.shard_state else None
         self.sharded = self._shards is not None
@@ -290,13 +295,13 @@ class Step:
         """
         smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.images % n == 0]
         if self._weights_touched or (self._graphs and self._graphs.replayed):
-            raise memory_error("while weights were updated", reason)
+            raise self.ranks.memory_error("while weights were updated", reason)
         if self._fused:
-            raise memory_error("with fused_backward, which cannot split the batch", reason)
+            raise self.ranks.memory_error("with fused_backward, which cannot split the batch", reason)
         if self.ranks.world > 1 and not shared:
-            raise memory_error(f"on rank {self.ranks.rank}, with micro-batch {self.micro_batch_size}", reason)
+            raise self.ranks.memory_error(f"on rank {self.ranks.rank}, with micro-batch {self.micro_batch_size}", reason)
         if not smaller_sizes:
-            raise memory_error("even with one image per forward", reason)
+            raise self.ranks.memory_error("even with one image per forward", reason)
         self.warn(
             f"out of memory with {self.micro_batch_size} images per forward: continuing with {smaller_sizes[-1]}, batch stays "
             f"{self.stage.batch}; set micro_batch = {smaller_sizes[-1]} to use this from the start"
@@ -309,7 +314,7 @@ class Step:
             problem = out_of_memory(error)
             if problem is None:
                 raise
-            raise memory_error("for gradients in fp32", problem) from None
+            raise self.ranks.memory_error("for gradients in fp32", problem) from None
 
     def _discard_step(self) -> None:
         """Discard an unfinished step and free its memory."""
@@ -414,12 +419,11 @@ class Step:
         for component in self.components.values():
             component.release()
 
-    def _component(self, name: str) -> TrainableComponent:
+    def _component(self, name: str, *, arena: bool) -> TrainableComponent:
         stage = self.stage
         args = name, self.model.component(name), self.trained.get(name, set()), stage.precision
         accumulates = stage.batch > self.micro_batch_size  # also over ranks
         sharing = self.ranks if stage.shard_state and self.ranks.world > 1 else None
-        arena = not stage.fused_backward
         return TrainableComponent(*args, accumulates=accumulates, arena=arena, averages=stage.averages, sharing=sharing)
 
     def _optimizer(self, name: str) -> FastOptimizer:

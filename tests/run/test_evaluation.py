@@ -1,7 +1,7 @@
 """Samples and validation of a run: without memory for them, with errors, and interrupted by kills and signals."""
 
 import signal
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from fastsd.run.evaluation import Evaluation
 from fastsd.run.folder import read_grid
 from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation
+from fastsd.train import trainable
 from fastsd.train.step import Step
 
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 4\noptimizer = "lion"\nlr = 1e-4\nsample_every = 2\n'
@@ -135,6 +136,61 @@ def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(step, tas
     assert (folder / "validation.jsonl").read_bytes() == (uninterrupted / "validation.jsonl").read_bytes()
     grids = [{path.name: path.read_bytes() for path in (root / "samples").iterdir()} for root in (folder, uninterrupted)]
     assert grids[0] == grids[1] and len(grids[0]) == 3
+
+
+TWO_STAGES = STAGE.replace("until = 4", 'until = 2\nprecision = "bf16"\nema = 0.5') + STAGE.replace("until = 4", "until = 1")
+
+
+def test_an_evaluation_at_the_end_of_a_stage_that_has_no_memory_changes_no_bit(tmp_path, tiny_model, images, monkeypatch):
+    """Memory runs out when half of the weights were rounded to bf16. The next stage trains the exact ones."""
+    path, overrides = job(tmp_path, tiny_model, images, TWO_STAGES), [*OVERRIDES, "sample.prompts=[]"]
+    uninterrupted, _ = run(path, f"run={tmp_path / 'uninterrupted'}", *overrides)
+
+    def killed(self, *_):
+        if self.position.progress.step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Evaluation, "validate", killed)
+        run(path, *overrides)
+
+    split, steps, start = trainable.split_master, [], Step.__init__
+
+    def started(self, *args, evaluates_only=False, **options):
+        steps.append(evaluates_only)
+        splits.clear()
+        start(self, *args, evaluates_only=evaluates_only, **options)
+        assert not evaluates_only and self.optimizers
+
+    def limited(weight):
+        splits.append(weight)
+        if steps[-1] and len(splits) == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return split(weight)
+
+    splits = []
+    monkeypatch.setattr(trainable, "split_master", limited)
+    monkeypatch.setattr(Step, "__init__", started)
+    folder, text = run(path, *overrides)
+    assert steps == [True, False] and same(final(folder), final(uninterrupted))
+    assert says(text, "evaluation-at-end-skipped", stage="'stage-1'", reason="CUDA out of memory.")
+
+
+def test_a_run_that_cannot_be_opened_for_lack_of_memory_ends_with_one_sentence(plain, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore words")
+
+    @contextmanager
+    def noticed_changes(*_):  # the last thing before the model is moved; loading one moves it too
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Module, "to", fail)
+            yield
+
+    fields = {"cause": "when the run was opened on cpu", "reason": "CUDA out of memory.", "command": "fastsd plan CONFIG"}
+    for name, replacement in (("SmoothedLoss.load_state_dict", fail), ("noticed_changes", noticed_changes)):
+        with monkeypatch.context() as patch, refused("out-of-memory", **fields):
+            patch.setattr(f"fastsd.run.run.{name}", replacement)
+            run(plain[0], f"run={tmp_path / 'run'}")
 
 
 def test_an_evaluation_that_has_results_is_not_repeated(plain, monkeypatch):

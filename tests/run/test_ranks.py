@@ -27,6 +27,7 @@ from fastsd.config.schema import load_config
 from fastsd.data.loader import Batch, Stream
 from fastsd.errors import UserError
 from fastsd.run.loop import train
+from fastsd.run.run import Run
 from fastsd.terminal.console import Console
 from fastsd.train.optim import FastOptimizer
 from fastsd.train.ranks import joined_ranks
@@ -259,14 +260,23 @@ def train_short_of_memory(path: str, folder: str) -> None:
             raise torch.OutOfMemoryError("out of memory")
         return create(step, name)
 
+    def module_without_memory(run: Run) -> list[torch.nn.Module]:
+        if run.ranks.rank == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return []
+
+    starts = [
+        ("when the run was opened on cpu", Run, "resident", property(module_without_memory)),
+        ("at the start of stage 'one'", Step, "_optimizer", start_without_memory),
+    ]
     with joined_ranks() as ranks, pytest.MonkeyPatch.context() as patch:
         config = load_config(path, [*CASES["sharded"], "stage.keep_checkpoints=9", f"run={folder}/run"])
-        with (
-            pytest.MonkeyPatch.context() as started,
-            refused("out-of-memory", cause="at the start of stage 'one'", reason="rank 1: out of memory"),
-        ):
-            started.setattr(Step, "_optimizer", start_without_memory)
-            train(config, Console(file=output), ranks=ranks)
+        command = "fastsd plan CONFIG --gpus 2 --machines 1"
+        for cause, *replaced in starts:
+            fields = {"cause": cause, "reason": "rank 1: out of memory", "command": command}
+            with pytest.MonkeyPatch.context() as started, refused("out-of-memory", **fields):
+                started.setattr(*replaced)
+                train(config, Console(file=output), ranks=ranks)
         patch.setattr(Shards, "empty", little_memory)
         patch.setattr(Stream, "__next__", unreadable)
         with pytest.raises(UserError, match="image 7 cannot be read") as info:
@@ -277,7 +287,10 @@ def train_short_of_memory(path: str, folder: str) -> None:
 
 
 def test_ranks_agree_on_what_one_cannot_do(tmp_path, jobs):
-    """They end at the start of a stage, skip an evaluation, snapshots and a checkpoint, and save before a bad batch."""
+    """They end at the opening of a run or the start of a stage, and skip evaluation, snapshots and a checkpoint.
+
+    They save before a bad batch.
+    """
     path, _ = jobs
     with store_of_ranks(2) as shared:
         arguments, files = [str(path), str(tmp_path)], [str(tmp_path / "out"), str(tmp_path / "err")]
