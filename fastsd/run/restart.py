@@ -27,6 +27,7 @@ from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.folder import read_table
 from fastsd.run.position import Position
+from fastsd.run.teacher import check_teachers
 from fastsd.storage import TEMPORARY, replace_file
 from fastsd.train.ranks import Ranks
 
@@ -133,6 +134,8 @@ def compare_with_start(
 def compare_with_end(folder: Path, config: Config, position: Position, newest: Path | None) -> None:
     """Raise UserError if the run is beyond the end that the config gives to its current stage, or cannot get there.
 
+    A complete stage that is to go on needs its teacher, as `check_teachers` says.
+
     Args:
         newest: the checkpoint that the run resumes from.
     """
@@ -151,6 +154,8 @@ def compare_with_end(folder: Path, config: Config, position: Position, newest: P
         reason = "is complete, and only a last stage that kept its optimizer state can go on"
         advice = _advice("undo the change", folder, index, stage, position.steps[index])
         raise UserError("stage-complete", f"{folder}: stage {name!r} {reason}, but {until}; {advice}")
+    if progress.stage_done and not position.finished(index):
+        check_teachers(config, index)  # the complete stage goes on, and needs its teacher again
 
 
 def _advice(

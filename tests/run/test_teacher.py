@@ -1,12 +1,13 @@
 """The base as a teacher: what it predicts, whether it is still the same, and bases that cannot teach."""
 
+import json
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from model_files import make_small_sd15, single_file
-from runs import run
+from runs import checkpoint_steps, run
 from safetensors.torch import load_file, save_file
 from sentences import refused, says
 from step_inputs import stage_of
@@ -62,6 +63,19 @@ def test_a_base_that_has_changed_is_refused(until, base, tmp_path, images):
         run(path, *longer, *([] if until else ["stage.plain.until=1"]))
     (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
     run(path, *longer, *([] if until else ["stage.plain.until=1"]))
+
+
+def test_a_complete_stage_that_goes_on_needs_a_base_that_is_no_flow(base, tmp_path, images):
+    """Without a longer end, the base may be anything. Without the teacher, the stage goes on with the images alone."""
+    path, keys = job(tmp_path, base, images, STAGES), [*FLOW, "stage.plain.until=1", f"run={tmp_path / 'run'}"]
+    run(path, *keys)
+    scheduler = {**SD15_SCHEDULER, "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
+    (base / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    run(path, *keys)
+    with refused("teacher-is-flow", stage="'learned'", base=base):
+        run(path, *keys, "stage.learned.until=3")
+    run(path, *keys, "stage.learned.until=3", "stage.learned.teacher=")
+    assert checkpoint_steps(tmp_path / "run")[-1] == 4
 
 
 def test_a_base_that_does_not_know_the_latents_is_refused(base, tmp_path, images):
