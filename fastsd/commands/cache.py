@@ -33,7 +33,7 @@ from fastsd.model.vae import Vae
 from fastsd.run.compilation import compile_kernels, kernels_of
 from fastsd.run.launches import encoder_launches
 from fastsd.terminal.console import STDOUT, Console, work
-from fastsd.terminal.texts import size_text
+from fastsd.terminal.texts import numbered, size_text
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels import TRITON
@@ -102,7 +102,8 @@ def cache(config: Config, console: Console = STDOUT, machine: str = "") -> build
     with closing(LatentCache.open(config.cache.dir, counts.view)) as latents:
         _echo(console, several_captions(latents))
     if counts.empty_captions:
-        console.warn(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
+        images = numbered(counts.empty_captions, "image has", "images have")
+        console.warn(f'{images} no caption or an empty one; the caption "" is trained')
     if counts.rejected:
         console.warn(f"{counts.rejected} rejected:")
         print_reasons(console, counts.reasons)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastsd.config.schema import StageTable
 from fastsd.data.cache import LatentCache
 from fastsd.errors import UserError
+from fastsd.terminal.texts import numbered
 from fastsd_kernels.noise import Purpose, uniform
 
 _SHARED_COUNT = 64  # one draw serves all captions of a batch that have at most this many tags and sentences
@@ -93,7 +94,7 @@ def several_captions(cache: LatentCache) -> str:
         counts.update(map(len, cache.variants(range(first, min(first + _CHUNK, len(cache))))))
     several = counts.total() - counts[1]
     advice = 'training picks one each time; data.caption_lines = "join" makes one of all lines of a text file'
-    return f"{several} images have several captions, up to {max(counts)}: {advice}" if several else ""
+    return f"{numbered(several, 'image has', 'images have')} several captions, up to {max(counts)}: {advice}" if several else ""
 
 
 def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray | None:

@@ -51,7 +51,7 @@ def draw(summary: ModelSummary, dtype: str, window: int, config: Mapping[str, An
     plain_prompts = [text for text in samples.prompts if " --" not in text]  # those without settings of their own
     prompt = python_string([*plain_prompts, *(text.partition(" --")[0] for text in samples.prompts), _PROMPT][0])
     flow = is_flow(config)
-    scheduler = (FLOW_SAMPLERS if flow else SAMPLERS).get(samples.sampler, "")  # a summary may name another sampler
+    scheduler = (FLOW_SAMPLERS if flow else SAMPLERS).get(samples.sampler, "")  # "" = an edited or newer summary's sampler
     width, height = samples.width or summary.resolution, samples.height or summary.resolution
     options = [f"num_inference_steps={samples.steps}, guidance_scale={samples.guidance:g}"]
     options += [f"guidance_rescale={samples.guidance_rescale:g}"] if samples.guidance_rescale else []
@@ -71,6 +71,10 @@ def draw(summary: ModelSummary, dtype: str, window: int, config: Mapping[str, An
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("FOLDER", subfolder="scheduler"{arguments})')
         if scheduler.startswith("FlowMatch"):
             lines.append("pipe.scheduler.init_noise_sigma = 1.0  # which the pipeline reads and the class lacks")
+    else:
+        lines.append(
+            f"# The folder's own sampler. That of the samples is not available for this model: {python_string(samples.sampler)}"
+        )
     return "\n".join([*lines, *encode, f"image = pipe(\n{call}).images[0]"])
 
 

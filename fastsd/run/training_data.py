@@ -14,6 +14,7 @@ from fastsd.data.tokens import Tokens
 from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.model import Model
+from fastsd.terminal.texts import numbered
 from fastsd.train.ranks import ALONE, Ranks
 
 
@@ -88,5 +89,6 @@ def rare_shapes(config: Config, index: int, loader: Loader) -> str:
     images = loader.unused_samples(stage.steps(loader.images))
     if not images:
         return ""
-    problem = f"{images} images are never trained on, because their sizes have too few images for a batch of {stage.batch}"
+    subject = numbered(images, "image is", "images are")
+    problem = f"{subject} never trained on, because too few have one size for a batch of {stage.batch}"
     return f"stage {config.stage_name(index)!r}: {problem}; raise until or data.buckets.step, or lower batch"

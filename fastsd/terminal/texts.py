@@ -1,4 +1,4 @@
-"""Texts for a terminal: sizes in bytes, lines that fit its width."""
+"""Texts for a terminal: sizes in bytes, numbers of things, lines that fit its width."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def size_text(count: float) -> str:
         if count >= size:
             return f"{count / size:.{digits}f} {unit}"
     return f"{count / (1 << 20):.1f} MiB"
+
+
+def numbered(count: int, one: str, several: str) -> str:
+    """Format a number with the words that follow it: "1 image has", "3 images have"."""
+    return f"{count} {one if count == 1 else several}"
 
 
 def fit(text: str, width: int) -> str:

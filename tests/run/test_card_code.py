@@ -1,5 +1,6 @@
 """Every program in a model card is run. It draws the image that fastsd draws from the same noise."""
 
+import json
 import re
 from types import ModuleType
 
@@ -11,6 +12,7 @@ from model_files import edit_json, spoil
 from tiny import make_tiny_model
 
 from fastsd.config.schema import LoraTable, ModelTable, SampleTable
+from fastsd.model.flow_schedule import flow_scheduler
 from fastsd.model.formats.load import load_model
 from fastsd.model.formats.lora_weights import write_lora
 from fastsd.model.formats.model_source import open_source
@@ -117,6 +119,25 @@ def test_program_names_sampler_negative_prompt_and_size(scheduler, sampler, base
     image = drawn(program, monkeypatch, 48, FOLDER=folder)
     assert image.shape == (48, 48, 3) and difference(image, ours(folder, table, 48)) <= 1
     assert difference(image, ours(folder, table.model_copy(update={"negative": ""}), 48)) > 4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "a\nb"])
+def test_program_says_that_it_draws_with_another_sampler(sampler, base, tmp_path, monkeypatch):
+    """The summary names a sampler that is unknown, or cannot sample a flow. The folder's own is DPM++."""
+
+    def change(folder):
+        edit_json("scheduler/scheduler_config.json", **flow_scheduler({}))(folder)
+        edit_json("model_index.json", scheduler=["diffusers", "DPMSolverMultistepScheduler"])(folder)
+
+    folder, table = spoil(base, tmp_path / "model", change), TABLES["dpm++"]
+    write_card(tmp_path / "model", summary_of(table.model_copy(update={"sampler": sampler})))
+    (program,) = programs(tmp_path / "model")
+    assert (
+        f"# The folder's own sampler. That of the samples is not available for this model: {json.dumps(sampler)}\n" in program
+    )
+    assert difference(drawn(program, monkeypatch, FOLDER=folder), ours(folder, table)) <= 1
+    write_card(tmp_path / "model", summary_of(table))
+    assert "own sampler" not in programs(tmp_path / "model")[0]
 
 
 @pytest.mark.parametrize("fold", [True, False])

@@ -25,6 +25,7 @@ from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, shown
 from fastsd.data.sources.unused import UnusedFiles
 from fastsd.storage import new_file
+from fastsd.terminal.texts import numbered
 
 ENLARGED = 2.0  # an image is listed if it is enlarged by more than this factor
 _EXAMPLES = 3
@@ -106,7 +107,8 @@ def enlarged(folder: Path, view: str) -> str:
     if not factors:
         return ""
     advice = "remove them, or set data.buckets.no_upscale = true"
-    return f"{len(factors)} images are enlarged more than {ENLARGED:g} times, up to {max(factors):.0f} times; {advice}"
+    images = numbered(len(factors), "image is", "images are")
+    return f"{images} enlarged more than {ENLARGED:g} times, up to {max(factors):.0f} times; {advice}"
 
 
 class Changes(NamedTuple):

@@ -31,7 +31,7 @@ def test_several_captions_are_reported_and_can_be_joined(folder):
     folder.put("c.png", png(picture(3)), b"1\n2\n3")
     assert folder.cached() == {"first paragraph", "second", "one", "1", "2", "3"}
     for out in (folder.out, folder.run("cache", "--stats")):
-        assert says(out, "several-captions", count=2, most=3)
+        assert says(out, "several-captions", count=2, images_have="images have", most=3)
     joined = "data.caption_lines=join"
     assert folder.cached(joined) == {"first paragraph second", "one", "1 2 3"}
     assert says(folder.out, "images-cached", cached=3, encoded=0)
@@ -191,8 +191,8 @@ def test_every_file_of_an_odd_folder_is_counted_and_named(folder, monkeypatch):
         assert says(out, "unused-other", count=10, endings=endings)
         assert says(out, "unused-texts", count=10, names="photo0.png.txt, photo1.png.txt, photo2.png.txt, ...")
         assert says(out, "unused-hidden", count=15)
-        assert says(out, "several-captions", count=1, most=2)
-        assert says(out, "images-enlarged", count=1, times=2, most=8)
+        assert says(out, "several-captions", count=1, images_have="image has", most=2)
+        assert says(out, "images-enlarged", count=1, images_are="image is", times=2, most=8)
         assert says(out, "files-named", path=notable_path)
     out = folder.run("check")
     assert says(out, "unused-other", count=10, endings=endings) and says(out, "unused-texts", count=10)
@@ -236,7 +236,7 @@ def test_images_that_a_stage_never_reaches_are_counted(folder):
     keys = "data.buckets={min=16, max=64, step=8}", "stage.batch=4"
     folder.cached(*keys)
     for command in ("check", "train"):
-        assert says(folder.run(command, *keys), "rare-shapes", stage="'stage-1'", images=3, batch=4)
+        assert says(folder.run(command, *keys), "rare-shapes", stage="'stage-1'", count=3, images_are="images are", batch=4)
     assert not says(folder.run("check", *keys, "stage.until=3e"), "rare-shapes")
 
 
