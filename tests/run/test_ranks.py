@@ -5,7 +5,6 @@ import platform
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import pytest
 import torch
 from environment import ROOT
 from PIL import Image
-from ranks import ended, start_ranks, store_of_ranks, train_ranks
+from ranks import ended, start_ranks, start_torchrun, store_of_ranks, train_ranks
 from runs import cache, checkpoint_steps, final, rows_of, same
 from sentences import refused, says
 from tiny import job
@@ -344,27 +343,19 @@ def launch_lines(*words: str) -> list[list[str]]:
     lines = [line.replace("--nnodes 4", "--nnodes 2").replace("node1:29500", endpoint) for line in lines]
     ranks = [2, 1]
     lines = [line.replace("--nproc-per-node 8", f"--nproc-per-node {n}") for line, n in zip(lines, ranks, strict=True)]
-    return [[sys.executable, "-m", "torch.distributed.run", *line.split(), *words] for line in lines]
-
-
-def rank_process(torchrun: int, rank: int) -> psutil.Process:
-    """Return the process of a rank that torchrun has started."""
-    children = psutil.Process(torchrun).children()
-    return next(process for process in children if process.environ().get("RANK") == str(rank))
+    return [[*line.split(), *words] for line in lines]
 
 
 def test_torchrun_starts_ranks_again_after_one_is_killed(tmp_path, jobs):
     """The line for one machine. The run ends with the bits of one that nothing has disturbed, without a command of the user."""
     path, _ = jobs
     run, whole = tmp_path / "run", tmp_path / "whole"
-    keys = ["stage.until=30", "stage.sample_every=0", "validate.every=10"]
-    line = launch_lines(*command(path, run, *keys))[0]
-    with open(tmp_path / "out", "w") as out_file, open(tmp_path / "err", "w") as err_file:
-        process = subprocess.Popen(line, stdout=out_file, stderr=err_file)
-    wait_for(lambda: bool(checkpoint_steps(run)) or process.poll() is not None)
-    killed = rank_process(process.pid, 1)
+    keys = ["stage.until=16", "stage.sample_every=0", "validate.every=8"]
+    torchrun = start_torchrun(launch_lines(*command(path, run, *keys))[0], tmp_path / "out", tmp_path / "err")
+    wait_for(lambda: bool(checkpoint_steps(run)) or not torchrun.is_alive())
+    _, killed = psutil.Process(torchrun.pid).children()  # in the order of their start
     killed.kill()
-    assert process.wait(600) == 0, (tmp_path / "err").read_text()
+    assert ended([torchrun]) == [0], (tmp_path / "err").read_text()
     out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
     assert train_ranks(2, tmp_path / "text", *command(path, whole, *keys)[1:]) == [0, 0]
     assert same(final(run), final(whole)) and rows_of(run) == rows_of(whole) and shown(run) == shown(whole)
@@ -379,8 +370,6 @@ def test_torchrun_starts_ranks_again_after_one_is_killed(tmp_path, jobs):
 
 def test_torchrun_starts_ranks_on_several_machines(tmp_path, jobs):
     path, _ = jobs
-    line = launch_lines(*command(path, tmp_path / "run"))[1]
-    machines = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    texts = [machine.communicate(timeout=600)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], texts
-    assert checkpoint_steps(tmp_path / "run") == [2, 4] and sum(text.count("ranks ") for text in texts) == 1
+    line, output = launch_lines(*command(path, tmp_path / "run"))[1], tmp_path / "out"
+    assert ended([start_torchrun(line, output, output) for _ in range(2)]) == [0, 0], output.read_text()
+    assert checkpoint_steps(tmp_path / "run") == [2, 4] and output.read_text().count("ranks ") == 1

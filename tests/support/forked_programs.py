@@ -24,16 +24,22 @@ def forked_programs():
 
 
 class ForkedProgram(subprocess.Popen):
-    """A program as `subprocess.Popen` describes it. Of the options, the folder, the environment and the streams count."""
+    """A program as `subprocess.Popen` describes it.
+
+    Of the options, the folder, the environment, the streams and the new session count.
+    """
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         streams = rest[3:9]  # after startupinfo, creationflags and shell: the ends of three pipes, or -1
+        *_, start_new_session, _ = rest
         if args[0] != sys.executable:
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         child_input, parent_input, parent_output, child_output, parent_errors, child_errors = streams
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            if start_new_session:
+                os.setsid()
             for end in {parent_input, parent_output, parent_errors} - {-1}:
                 os.close(end)
             for stream, end in enumerate((child_input, child_output, child_errors)):
@@ -46,6 +52,7 @@ class ForkedProgram(subprocess.Popen):
 
 def run_program(words: Sequence[str], cwd: str | Path | None, env: dict[str, str] | None) -> None:
     """Run `python WORDS` in this process, as far as scripts and modules can see."""
+    words = words[words[0] == "-u" :]
     if env is not None:
         os.environ.clear()
         os.environ.update(env)

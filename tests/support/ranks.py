@@ -1,6 +1,8 @@
 """Ranks as torchrun starts them: processes with its environment, and a store that outlives them."""
 
 import os
+import runpy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +39,23 @@ def start_ranks(shared: dict[str, str], function: str, *arguments: object) -> li
         ranks.append(processes().Process(target=_in_rank, args=(environment, function, list(arguments))))
         ranks[-1].start()
     return ranks
+
+
+def _torchrun(words: list[str], output_paths: list[str]) -> None:
+    from forked_programs import forked_programs
+
+    for stream, path in enumerate(output_paths, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = ["torchrun", *words]
+    with forked_programs():
+        runpy.run_module("torch.distributed.run", run_name="__main__")
+
+
+def start_torchrun(words: list[str], *output_paths: Path) -> BaseProcess:
+    """Start `torchrun WORDS`, with stdout and stderr appended to files. It and its ranks are forks, without slow imports."""
+    process = processes().Process(target=_torchrun, args=(words, list(map(str, output_paths))))
+    process.start()
+    return process
 
 
 def ended(ranks: list[BaseProcess], seconds: float = 600) -> list[int | None]:
