@@ -125,11 +125,17 @@ def mentioned_commands() -> list[list[str]]:
     return [shlex.split(span) for span in sorted(spans)] + [command_of(line)[1:] for line in lines]
 
 
-def parse(words: list[str]) -> None:
-    """Parse a command as the command line does. Without arguments, it is only a mention of a command, or of its options."""
+@cache
+def command_group():
+    """Return the command line with all commands, which takes longer to make than a command to parse."""
     from fastsd import cli
 
-    group = typer.main.get_command(cli.app)
+    return typer.main.get_command(cli.app)
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command as the command line does. Without arguments, it is only a mention of a command, or of its options."""
+    group = command_group()
     if words[0].startswith("--"):
         assert words[0] in {option for parameter in group.params for option in parameter.opts}
         return
@@ -330,9 +336,7 @@ def message_commands() -> list[list[str]]:
 
 def test_commands_in_messages_have_the_config_as_it_was_given():
     """CONFIG becomes the path, overrides and precision of the command line, quoted for a shell."""
-    from fastsd import cli
-
-    group, console = typer.main.get_command(cli.app), Console(file=StringIO())
+    group, console = command_group(), Console(file=StringIO())
     words = ["my configs/it's.toml", 'stage.0.train=["unet", "text_encoder"]', "run=a b"]
     console.name_config(words, "bf16")
     messages = [message for message in message_commands() if "CONFIG" in message]

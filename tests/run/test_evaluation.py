@@ -85,10 +85,10 @@ class Killed(BaseException):
 EMA = *OVERRIDES, "stage.0.ema=0.5", "stage.0.checkpoint_every=2"
 
 
-def test_grids_of_the_ema_weights_have_names_of_their_own(plain, tmp_path):
+def test_grids_of_the_ema_weights_have_names_of_their_own(plain, with_averages, tmp_path):
     """A stage without EMA draws with its weights. The card says by which weights its samples are drawn."""
     path, folder, _ = plain
-    ema, _ = run(path, f"run={tmp_path / 'run'}", *EMA, "sample.weights=ema")
+    ema = with_averages["ema"]
     names = [f"stage-1-ema-{step:08d}.png" for step in (0, 2, 4)]
     assert sorted(path.name for path in (ema / "samples").iterdir()) == names
     grids = [
@@ -99,7 +99,7 @@ def test_grids_of_the_ema_weights_have_names_of_their_own(plain, tmp_path):
     assert [grid.weights for grid in grids] == ["ema"] * 3 + ["model"] * 3
     equal = [a.whole().tobytes() == b.whole().tobytes() for a, b in zip(grids[:3], grids[3:], strict=True)]
     assert equal == [True, False, False]  # the average starts with the weights
-    assert same(final(ema), final(run(path, f"run={tmp_path / 'model'}", *EMA)[0]))
+    assert same(final(ema), final(with_averages["model"]))
     cards = [(root / name / "README.md").read_text() for root, name in ((ema, "model"), (ema, "model-ema"), (folder, "model"))]
     assert [("with the EMA weights" in card, "with the non-EMA weights" in card) for card in cards] == [
         (True, False), (False, False), (False, False),
@@ -109,12 +109,22 @@ def test_grids_of_the_ema_weights_have_names_of_their_own(plain, tmp_path):
     assert "no stage has ema" in str(info.value)
 
 
+@pytest.fixture(scope="module")
+def with_averages(plain, tmp_path_factory):
+    """Return the folder of an uninterrupted run with an EMA, by the weights that draw its samples."""
+    root = tmp_path_factory.mktemp("averages")
+    return {
+        weights: run(plain[0], f"run={root / weights}", *EMA, f"sample.weights={weights}")[0] for weights in ("model", "ema")
+    }
+
+
 @pytest.mark.parametrize(("task", "weights"), [("validate", "model"), ("sample", "model"), ("sample", "ema")])
 @pytest.mark.parametrize("step", [2, 4])
-def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(step, task, weights, plain, tmp_path, monkeypatch):
+def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(
+    step, task, weights, plain, with_averages, tmp_path, monkeypatch
+):
     """The checkpoint is committed before: in the middle of the stage and at its end. No step is trained again."""
-    settings = *EMA, f"sample.weights={weights}"
-    uninterrupted, _ = run(plain[0], f"run={tmp_path / 'uninterrupted'}", *settings)
+    settings, uninterrupted = (*EMA, f"sample.weights={weights}"), with_averages[weights]
     evaluate, trained, train_step = getattr(Evaluation, task), [], Step.__call__
 
     def killed(self, *args):

@@ -10,8 +10,8 @@ from fastsd.model.unet import UNetConfig
 from fastsd.train.memory import saved_for_backward_bytes
 
 
-def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64) -> int:
-    """Return the bytes that a UNet of SD1.5's size saves for the backward of one image, by default of 512 px.
+def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64, width: int = 768) -> int:
+    """Return the bytes that a UNet, by default of SD1.5's size, saves for the backward of one image, by default of 512 px.
 
     Tensors have no values unless `data` is True.
     """
@@ -19,7 +19,7 @@ def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side
         unet = make().to(dtype)
     with contextlib.nullcontext() if data else FakeTensorMode():
         materialize(unet, torch.device("cpu"))
-        x, context = torch.zeros(1, 4, side, side, dtype=dtype), torch.zeros(1, 77, 768, dtype=dtype)
+        x, context = torch.zeros(1, 4, side, side, dtype=dtype), torch.zeros(1, 77, width, dtype=dtype)
         return saved_for_backward_bytes(lambda: unet(x, torch.zeros(1), context), unet)
 
 
