@@ -19,9 +19,9 @@ def size_text(count: float) -> str:
     return f"{count / (1 << 20):.1f} MiB"
 
 
-def numbered(count: int, one: str, several: str) -> str:
+def numbered(count: int, singular: str, plural: str) -> str:
     """Format a number with the words that follow it: "1 image has", "3 images have"."""
-    return f"{count} {one if count == 1 else several}"
+    return f"{count} {singular if count == 1 else plural}"
 
 
 def fit(text: str, width: int) -> str:

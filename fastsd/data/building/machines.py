@@ -26,7 +26,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import re
 import sqlite3
 import sys
 import time
@@ -47,7 +46,6 @@ _SHARDS_PER_BUILD = 64  # a build has at least so many shards, as long as they h
 _FEWEST_ROWS = 16
 _TAG = 9  # characters at the end of a shard's name that tell its machine
 _ALONE = "alone"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 _Item = TypeVar("_Item")
 Notify = Callable[[str], None]
@@ -149,7 +147,7 @@ def machine_name(option: str, environment: Mapping[str, str]) -> str:
     several = (("WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_JOB_NUM_NODES", ""), ("SLURM_ARRAY_TASK_COUNT", ""))
     counts = ((_count(environment, total), _count(environment, local)) for total, local in several)
     name = option or (os.uname().nodename if hasattr(os, "uname") and any(total > local for total, local in counts) else "")
-    if name and not _NAME.fullmatch(name):
+    if name and not results.MACHINE_NAME.fullmatch(name):
         raise UserError(
             "machine-name",
             f"--machine is {name!r}; use at most 63 letters, digits, dots, hyphens and underscores, such as node-1",

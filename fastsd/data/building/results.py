@@ -1,15 +1,18 @@
 """Results of a build that machines exchange, and the databases that they start from and end with.
 
-A result is a file with a few tables: an SQLite database in memory, serialized. SQLite never opens it as a file. The file is
-written to a temporary name, flushed and renamed, and never changes. Names: `facts-` and `masks-`, see `collect.py` and
-`mask_cells.py`; `rows-`, the finished rows of a shard; `step-`, a step that is done.
+A result is a file with a few tables, an SQLite database in memory that is serialized, and its sha256. SQLite never opens it as
+a file. The file is written to a temporary name, flushed and renamed, and never changes. Names: `facts-` and `masks-`, see
+`collect.py` and `mask_cells.py`; `rows-`, the finished rows of a shard; `step-`, a step that is done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import sqlite3
 import uuid
@@ -17,13 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsd.data.building.store import Shard, Store, disk_errors
+from fastsd.data.building.store import BUILD_FILE, Shard, Store, disk_errors
 from fastsd.storage import copy_file, flush_folder, make_folder, remove_folder, write_bytes
 
 Tables = dict[str, Sequence[Sequence[Any]]]  # name -> rows
+MACHINE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _KINDS = ("facts", "masks", "rows", "step")  # a result's name begins with its kind
 _LAST_STEP = "step-merge-"
-_BUILD_FILE = "build"  # in a machine's folder: the build that its database belongs to
+_DIGEST = 32  # bytes of a sha256
 
 
 def _pack(tables: Tables) -> bytes:
@@ -34,12 +38,15 @@ def _pack(tables: Tables) -> bytes:
                 db.execute(f"CREATE TABLE {name} ({', '.join(f'c{i}' for i in range(len(rows[0])))})")
                 db.executemany(f"INSERT INTO {name} VALUES ({', '.join('?' * len(rows[0]))})", rows)
         db.commit()
-        return db.serialize()
+        data = db.serialize()
+    return data + hashlib.sha256(data).digest()
 
 
-def _unpack(data: bytes) -> Tables:
-    if not data:  # SQLite would report that memory ran out
-        raise sqlite3.DatabaseError("empty")
+def _unpack(content: bytes) -> Tables | None:
+    """Return the tables of a file, or None if it is damaged."""
+    data, digest = content[:-_DIGEST], content[-_DIGEST:]
+    if hashlib.sha256(data).digest() != digest:
+        return None
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.deserialize(data)
         names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -65,14 +72,21 @@ class Results:
         return self._path(name).exists()
 
     def read(self, name: str) -> Tables | None:
-        """Return a result, or None if it is not made yet. A damaged result is deleted, so that it is made again."""
-        try:
-            return _unpack(self._path(name).read_bytes())
-        except FileNotFoundError:
-            return None
-        except sqlite3.DatabaseError:
+        """Return a result, or None if it is not made yet. A damaged result is deleted, and this machine has to make it again.
+
+        The machine that made it is perhaps beyond this part of its work, and waits for this one.
+        """
+        with disk_errors(self.folder):
+            try:
+                content = self._path(name).read_bytes()
+            except FileNotFoundError:
+                return None
+        tables = _unpack(content)
+        if tables is None:
             self.delete(name)
-            return None
+            if self._machine:
+                self.lease(name, next(attempt for attempt in itertools.count() if not self.has_lease(name, attempt)))
+        return tables
 
     def publish(self, name: str, tables: Tables) -> None:
         path = self._path(name)
@@ -94,7 +108,7 @@ class Results:
     def lease(self, result: str, attempt: int) -> str:
         """Create a lease if it does not exist. Return the name of the machine that holds it.
 
-        "" = it was created a moment ago, and its machine is not known yet, or never will be.
+        "" = it was created a moment ago, and its machine is not known yet, or it is damaged and never will be.
         """
         path = self.folder / "leases" / f"{result}.{attempt}"
         with disk_errors(self.folder):
@@ -103,17 +117,26 @@ class Results:
                     file.write(self._machine)
                 return self._machine
             except FileExistsError:
-                return path.read_text()
+                return _holder(path)
 
     def has_lease(self, result: str, attempt: int) -> bool:
         return (self.folder / "leases" / f"{result}.{attempt}").exists()
 
     def machines(self) -> set[str]:
-        """Return the names of the machines that hold or have held leases."""
-        return {path.read_text() for path in (self.folder / "leases").glob("*")}
+        """Return the names of the machines that hold or have held leases, as far as they can be read."""
+        with disk_errors(self.folder):
+            return {_holder(path) for path in (self.folder / "leases").glob("*")} - {""}
 
     def is_finished(self) -> bool:
         return any(name.startswith(_LAST_STEP) for name in self.names("step"))
+
+
+def _holder(path: Path) -> str:
+    """Return the machine that a lease names, or "". A name that no machine has, of a damaged lease, is that of a lost one."""
+    with contextlib.suppress(FileNotFoundError):
+        name = path.read_bytes().decode("ascii", "replace")
+        return name if MACHINE_NAME.fullmatch(name) else ""
+    return ""
 
 
 def builds(folder: Path) -> list[Results]:
@@ -143,9 +166,10 @@ def seed(folder: Path, home: Path, build: str) -> int:
         The largest id of a shard in the copy.
     """
     with disk_errors(home):
-        marker = home / _BUILD_FILE
-        if marker.is_file() and (words := marker.read_text().split())[0] == build:
-            return int(words[1])
+        marker = home / BUILD_FILE
+        text = marker.read_text(errors="replace") if marker.is_file() else ""
+        if belongs := re.fullmatch(rf"{re.escape(build)} (\d+)", text):
+            return int(belongs[1])
         if home.exists():
             remove_folder(home)
         make_folder(home)
@@ -254,7 +278,7 @@ def merge(folder: Path, home: Path) -> None:
     with disk_errors(folder):
         fresh.mkdir()
         _copy_database(folder, fresh / "cache.sqlite")
-    with Store.open(fresh, create=True) as store:
+    with Store.open(folder, create=True, home=fresh) as store:
         store.db.execute("ATTACH ? AS node", (os.fspath(home / "cache.sqlite"),))
         with store.transaction():
             for statement in filter(str.strip, _MERGE.split(";")):

@@ -60,6 +60,7 @@ _BUSY_SECONDS = 60  # to wait for another process that writes to the database
 _SQLITE_FULL = 13
 _SQLITE_DISK = {3: "no permission", 5: "busy", 8: "read-only", 10: "i/o error", 14: "cannot be opened", _SQLITE_FULL: "full"}
 _SQLITE_DAMAGED = {11: "malformed", 26: "no database"}
+BUILD_FILE = "build"  # in a machine's folder: the build that its database belongs to
 _POLL_SECONDS = 0.1  # between two attempts to take a lock that another process holds
 
 
@@ -168,7 +169,7 @@ class Store:
             for name in ("shards", "views") if create else ():
                 (folder / name).mkdir(parents=True, exist_ok=True)
 
-        with _folder_lock(home, lock), database_errors(folder):
+        with _folder_lock(home, lock), database_errors(folder, home):
             db = sqlite3.connect(database, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
                 _use_write_ahead_log(db)
@@ -324,12 +325,18 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def database_errors(folder: Path) -> Iterator[None]:
-    """Turn an SQLite error caused by the disk into a UserError."""
+def database_errors(folder: Path, home: Path) -> Iterator[None]:
+    """Turn an SQLite error caused by the disk into a UserError. `home` is that of a `Store`."""
     try:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _SQLITE_DAMAGED and (home / BUILD_FILE).exists():
+            raise UserError(
+                "machine-database-damaged",
+                f"cache.dir {folder}: {home / 'cache.sqlite'} is damaged ({error}); delete {home} and run the same command"
+                " again to continue with what machines have finished",
+            ) from error
         if code in _SQLITE_DAMAGED:
             raise UserError(
                 "cache-database-damaged",

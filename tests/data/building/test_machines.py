@@ -18,6 +18,7 @@ import pytest
 import torch
 from caching import StubVae, config, draw, draw_many, with_data
 from commandline import STAGE, function_process
+from kinds import DAMAGE
 from masked import ENDING
 from PIL import Image
 from sentences import refused, says
@@ -226,6 +227,65 @@ def test_a_damaged_part_and_a_lost_shard_are_made_again(tmp_path):
     vae = StubVae()
     build(config(tmp_path), "b", vae)
     assert 17 <= vae.encoded <= 32
+    prune(tmp_path / "cache")
+    check_is_ordinary(tmp_path, expected)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_of_machines_lose_nothing(tmp_path, damage, monkeypatch):
+    """Each file that a stopped machine has left for the others is damaged. Another one goes on, then the same one."""
+    monkeypatch.setattr(beats, "LOST_SECONDS", 0.3)
+    draw_many(tmp_path, IMAGES)
+    expected = alone(tmp_path)
+    for name in ("b", "a"):
+        with stopped_build(tmp_path, images=40):
+            files = [*(tmp_path / "cache/exchange").glob("*/*/**/*"), *(tmp_path / "cache/machines").glob("*.beat")]
+            files += (tmp_path / "cache/machines").glob("*/build")
+            files = [path for path in files if path.is_file()]
+            assert len(files) >= 8 and {path.suffix for path in files} >= {".beat", ".0"}
+            for path in files:
+                DAMAGE[damage](path)
+        vae = StubVae()
+        build(config(tmp_path), name, vae)
+        prune(tmp_path / "cache")
+        settle(tmp_path / "cache")  # leases of machines that never were
+        check_is_ordinary(tmp_path, expected)
+        shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_damaged_result_is_made_again_by_the_machine_that_reads_it(tmp_path):
+    """Its maker is at work and would not make it again, because it has done so."""
+    makers = []
+
+    def made_by(machine):
+        tables = {"facts": [(b"key", "a caption")]}
+        ((name, result),) = machine.divide(["facts-1"], str, lambda item: makers.append(machine.name) or tables)
+        assert name == "facts-1" and result.items() >= tables.items()
+
+    with joined(tmp_path / "cache", "a", "view", print) as a, joined(tmp_path / "cache", "b", "view", print) as b:
+        made_by(a)
+        (path,) = (tmp_path / "cache/exchange").glob("*/results/facts/facts-1")
+        content = path.read_bytes()
+        made_by(b)
+        for machine, bit in ((b, content.index(b"caption")), (a, -1), (b, 5)):
+            path.write_bytes(content[:bit] + bytes([content[bit] ^ 1]) + content[bit:][1:])
+            made_by(machine)
+            assert path.read_bytes() == content
+    assert makers == ["a", "b", "a", "b"]
+
+
+def test_the_damaged_database_of_a_machine_can_be_deleted(tmp_path):
+    draw_many(tmp_path, IMAGES)
+    expected = alone(tmp_path)
+    with stopped_build(tmp_path, images=40):
+        home = tmp_path / "cache/machines/a"
+        (home / "cache.sqlite").write_bytes(b"no database" * 99)
+        with refused("machine-database-damaged", folder=tmp_path / "cache", path=home / "cache.sqlite", home=home):
+            build(config(tmp_path), "a", StubVae())
+        shutil.rmtree(home)
+        vae = StubVae()
+        build(config(tmp_path), "a", vae)
+        assert vae.encoded <= IMAGES - 16
     prune(tmp_path / "cache")
     check_is_ordinary(tmp_path, expected)
 

@@ -203,13 +203,13 @@ def database_error(code: int) -> sqlite3.Error:
     [(11, "cache-database-damaged"), (26, "cache-database-damaged"), (10 | 3 << 8, "cache-unusable"), (13, "cache-disk-full")],
 )
 def test_trouble_of_the_database_has_a_name(code, name, store):
-    with refused(name, folder=store.folder), stores.database_errors(store.folder):
+    with refused(name, folder=store.folder), stores.database_errors(store.folder, store.home):
         raise database_error(code)
 
 
 def test_mistakes_in_sql_are_no_trouble_of_the_disk(store):
     for error in (database_error(1), sqlite3.ProgrammingError("no code")):
-        with pytest.raises(sqlite3.Error) as raised, stores.database_errors(store.folder):
+        with pytest.raises(sqlite3.Error) as raised, stores.database_errors(store.folder, store.home):
             raise error
         assert raised.value is error
 
