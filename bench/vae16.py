@@ -77,11 +77,12 @@ def config_of(folder: Path, start: str, seed: int, steps: int, every: int) -> Co
 
 
 def draw(config: Config, step: int) -> tuple[float, list[Image.Image]]:
-    """Draw every prompt after a step. Return the fraction of samples that match their prompt, and the samples."""
+    """Draw every prompt after a step, each with its own noise. Return the fraction of correct samples, and the samples."""
     checkpoint = Path(config.run) / "checkpoints" / f"step-{step:08d}"
     model = load_to_sample(ModelTable(base=str(checkpoint) if step else config.model.base), config.device)
     requests = world.prompts()
-    images = generate(model, [prompt for *_, prompt in requests], [0] * len(requests), config.sample, config.data.resolution)
+    seeds = list(range(len(requests)))
+    images = generate(model, [prompt for *_, prompt in requests], seeds, config.sample, config.data.resolution)
     correct = [world.judge(image) == (colour, shape) for image, (colour, shape, _) in zip(images, requests, strict=True)]
     return sum(correct) / len(correct), images
 
