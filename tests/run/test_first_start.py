@@ -9,6 +9,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import first_start
 import psutil
@@ -97,13 +98,26 @@ optimizer = "dlion"
 """
 
 
-def program(tmp_path: Path, *words: str) -> dict:
-    """Run a program of `first_start.py` with an empty cache of Triton."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    command = [sys.executable, first_start.__file__, *words]
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+@pytest.fixture(scope="module")
+def programs():
+    """The process that has imported `first_start.py` for compiled kernels."""
+    command, env = [sys.executable, first_start.__file__], {**os.environ, "TRITON_INTERPRET": "0"}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.communicate()
+
+
+@pytest.fixture
+def program(programs, tmp_path):
+    """Return a function that runs a program of `first_start.py`, with a cache of Triton that is empty at first."""
+
+    def run(*words: str) -> Any:
+        print(json.dumps({"words": words, "cache": str(tmp_path / "triton")}), file=programs.stdin, flush=True)
+        answer = json.loads(programs.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    return run
 
 
 def add_wide_images(folder: Path, count: int) -> None:
@@ -123,7 +137,7 @@ def images(tmp_path, images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [TWO_STAGES, SHAPES], ids=["two stages", "shapes"])
-def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_path, tiny_model, images, stages):
+def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(program, tmp_path, tiny_model, images, stages):
     path = job(tmp_path, tiny_model, images, stages, seed="1")
     # With guidance, a sample's forward has 16 images of 1 x 1 positions at the lowest level, and without it 8. The samples of
     # one prompt have another shape and no guidance.
@@ -132,7 +146,7 @@ def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_p
     )
     other = ', { prompt = "c", width = 20, height = 12, guidance = 1.0 }]' if stages == TWO_STAGES else "]"
     path.write_text(path.read_text().replace(before, after).replace('"blue star"]', f'"blue star"{other}'))
-    result = program(tmp_path, "train_job", str(path))
+    result = program("train_job", str(path))
     at_start, later = result["compiled"]
     assert at_start.keys() == result["launched"].keys()
     assert later.keys() < at_start.keys()  # those of the second stage
@@ -140,9 +154,9 @@ def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_p
 
 
 @pytest.mark.slow
-def test_a_micro_batch_that_was_unknown_at_the_start(tmp_path, tiny_model, images):
+def test_a_micro_batch_that_was_unknown_at_the_start(program, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, AUTOMATIC)
-    result = program(tmp_path, "train_job", str(path))
+    result = program("train_job", str(path))
     at_start, later = result["compiled"]
     missing = result["launched"].keys() - at_start.keys()
     assert len(missing) <= 5 and missing <= later.keys()
@@ -150,22 +164,22 @@ def test_a_micro_batch_that_was_unknown_at_the_start(tmp_path, tiny_model, image
 
 
 @pytest.mark.slow
-def test_kernels_of_the_encoder(tmp_path, tiny_model, images):
+def test_kernels_of_the_encoder(program, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, SHAPES)
     path.write_text(path.read_text().replace("[cache]\n", '[cache]\nprecision = "bf16"\n'))
-    result = program(tmp_path, "cache_job", str(path))
+    result = program("cache_job", str(path))
     (compiled,) = result["compiled"]
     assert result["launched"] and result["launched"].keys() <= compiled.keys()
 
 
 @pytest.mark.slow
-def test_compiled_kernels_are_found_by_their_launches(tmp_path):
-    first, second, wrong = program(tmp_path, "compile_twice")
+def test_compiled_kernels_are_found_by_their_launches(program):
+    first, second, wrong = program("compile_twice")
     assert says(first, "kernels-compiling", count=5, target="sm_89") and says(first, "kernels-compiled", count=5)
     assert len(first.splitlines()) == 2 and second == ""
     reason = "geglu._forward: arange's range must be a power of 2"
     assert says(wrong, "kernels-not-compiled", count=1, reason=reason) and says(wrong, "kernels-compiled", count=0)
-    same, other = program(tmp_path, "start_compiled")
+    same, other = program("start_compiled")
     assert same == [] and other == ["_forward"]
 
 

@@ -1,10 +1,15 @@
 """Programs that use Triton's compiler as on a GPU. Tests run them in processes of their own, without Triton's interpreter.
 
-python first_start.py PROGRAM ARGUMENT ...      prints a result as JSON
+    python first_start.py      reads lines {"words": [PROGRAM, ARGUMENT, ...], "cache": DIR} and answers each with one line
+
+The answer is {"result": ...}, or {"error": TRACEBACK}. Each program runs in a fork, because the imports take longer than most
+programs. DIR becomes Triton's cache.
 """
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from io import StringIO
@@ -133,7 +138,19 @@ def start_compiled() -> list[list[str]]:
     return [start(reversed(launches[:-1])), start(launches[-1:])]
 
 
-if __name__ == "__main__":
+def answer(words: list[str], cache: str) -> dict:
+    """Run a program in this process. Return its result, or the traceback of its error."""
+    os.environ["TRITON_CACHE_DIR"] = cache
     driver.set_active(Gpu(89))
-    _, program, *arguments = sys.argv
-    print(json.dumps(globals()[program](*arguments)))
+    try:
+        return {"result": globals()[words[0]](*words[1:])}
+    except BaseException:
+        return {"error": traceback.format_exc()}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        if (pid := os.fork()) == 0:
+            print(json.dumps(answer(**json.loads(line))), flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
