@@ -181,10 +181,9 @@ def validate(
 @app.command(epilog=EXAMPLES["check"])
 def check(config: args.ConfigPath, overrides: args.Overrides = None, precision: args.StagePrecision = None) -> None:
     """Find the problems of CONFIG, its data and models. Does so before the long run, and changes nothing."""
-    loaded = _load(config, overrides, precision)
-    from fastsd.commands.check import check
+    from fastsd.commands.check import check_file
 
-    check(loaded)
+    check_file(lambda: _load(config, overrides, precision))
 
 
 @app.command(epilog=EXAMPLES["plan"])

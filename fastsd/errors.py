@@ -2,7 +2,7 @@
 
 import errno
 import re
-from typing import Self
+from typing import Any, Self
 
 
 class UserError(ValueError):
@@ -13,7 +13,10 @@ class UserError(ValueError):
     Attributes:
         code: name of the problem, such as "cache-disk-full". It stays the same when the message is reworded.
         message: the text that the user reads: place, field, value found, what to do. Same as `str(error)`.
+        table: the settings as they were read, if some of them are invalid; otherwise None.
     """
+
+    table: dict[str, Any] | None = None
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)  # both, so that a worker process can send the error back

@@ -196,6 +196,20 @@ def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, image
     assert all(fact in out.getvalue() for fact in facts.values())
 
 
+def test_check_goes_on_after_unknown_keys_and_wrong_values_of_a_stage(run, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, STAGE)
+    wrong = ["stage.0.btach=4", "model.bsae=x", "stage.0.grad_clip=tall", "learning_rate=1"]
+    sentences = {"btach: unknown key", "bsae: unknown key", "grad_clip is 'tall'", "learning_rate: unknown key"}
+    code, out, err = run("check", path, *wrong, "data.folders=['/no/such']")
+    assert code == 2 and says(out, "check-failed", check="images") and says(out, "check-passed", check="model")
+    for text in (*sentences, "/no/such"):
+        assert text in err
+    for sentence in sentences:
+        assert re.search(f"^error config: .*{sentence}", out, re.MULTILINE)
+    code, out, err = run("check", path, "stage.0.btach=4", "data.resolution=tall")  # with the default, the cache is another one
+    assert code == 2 and "btach" in err and "data.resolution is 'tall'" in err and not says(out, "check-passed")
+
+
 def test_check_and_a_run_name_prompts_that_are_cut_and_a_missing_license(run, tmp_path, tiny_model, images):
     base = shutil.copytree(tiny_model, tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: mit\n---\n")

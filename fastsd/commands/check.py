@@ -5,8 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import closing, suppress
-from functools import partial
+from copy import deepcopy
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
 
 from fastsd.config.conversion import clip_skip_note
 from fastsd.config.schema import Config
@@ -41,13 +46,54 @@ from fastsd.train.schedule import check_length
 from fastsd.train.stage_notes import stage_notes
 
 
-def check(config: Config, console: Console = STDOUT) -> None:
+def check_file(load: Callable[[], Config], console: Console = STDOUT) -> None:
+    """Check the config that `load` reads. Unknown keys and wrong values of stages are problems, and the rest is checked too.
+
+    Raises:
+        UserError: as `check`; other errors in the config leave nothing to check.
+    """
+    try:
+        config, invalid = load(), ""
+    except UserError as error:
+        usable = _usable(error.table) if error.table else None
+        if usable is None:
+            raise
+        config, invalid = usable, str(error)
+    check(config, console, invalid)
+
+
+def _usable(table: dict[str, Any]) -> Config | None:
+    """Return a config without the unknown keys and the wrong values of stages, or None if that is invalid too.
+
+    Other tables are not checked with defaults: these might be wrong in other ways than what the user has written.
+    """
+    table = deepcopy(table)
+    try:
+        return Config.model_validate(table, strict=True)
+    except ValidationError as error:
+        for item in error.errors():
+            place = item["loc"] if item["type"] == "extra_forbidden" else item["loc"][:3]
+            if item["type"] == "missing" or (item["type"] != "extra_forbidden" and (place[0] != "stage" or len(place) < 3)):
+                return None
+            with suppress(KeyError, IndexError, TypeError):  # of two values of one key, the second is gone with it
+                del reduce(getitem, place[:-1], cast("Any", table))[place[-1]]
+    with suppress(ValidationError):
+        return Config.model_validate(table, strict=True)
+    return None
+
+
+def check(config: Config, console: Console = STDOUT, invalid: str = "") -> None:
     """Check everything a run needs and print the results. One error lists all problems.
+
+    Args:
+        invalid: problems of the config itself, one a line.
 
     Raises:
         UserError: there are problems; each has one sentence.
     """
-    problems: list[str] = []
+    problems = invalid.splitlines()
+    for problem in problems:
+        console.echo(f"error config: {problem}")
     is_cached: list[bool] = []
 
     def attempt(title: str, inspect: Callable[[], str]) -> None:

@@ -392,11 +392,11 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
     try:
         config = Config.model_validate(raw, strict=True)
     except ValidationError as error:
-        for item in error.errors():
-            if item["type"] != "extra_forbidden":
-                problems.append(sentence(item))
+        problems += [sentence(item) for item in error.errors() if item["type"] != "extra_forbidden"]
     if problems:
-        raise UserError("config-invalid", "\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+        invalid = UserError("config-invalid", "\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+        invalid.table = raw
+        raise invalid
     return config
 
 
