@@ -1,4 +1,4 @@
-"""The commands that are disturbed: ten small runs that together use whatever a run can write, and five other commands."""
+"""The commands that are disturbed: ten small runs that together use whatever a run can write, and six other commands."""
 
 import re
 import shutil
@@ -85,16 +85,18 @@ class Workshop:
         assert outcome.code == 0, outcome.text
 
         self.reference = cache(self._reference)
-        out = {name: lab.root / name for name in ("new-cache", "drawn", "loss.json", "converted.safetensors", "report.html")}
+        names = "new-cache", "shared-cache", "drawn", "loss.json", "converted.safetensors", "report.html"
+        out = {name: lab.root / name for name in names}
         drawing = ["--prompt", "red circle", "--steps", "2", "--size", "32", "--device", "cpu"]
         for name, path, words in (
             ("cache", out["new-cache"], [*config, f"cache.dir={out['new-cache']}"]),
+            ("cache --machine", out["shared-cache"], [*config, f"cache.dir={out['shared-cache']}", "--machine", "node-1"]),
             ("sample", out["drawn"], [self.model, *drawing, "--out", out["drawn"]]),
             ("validate", out["loss.json"], [self.model, *config, "--json", out["loss.json"]]),
             ("convert", out["converted.safetensors"], [self.model, out["converted.safetensors"]]),
             ("compare", out["report.html"], [self.reference(EVERYTHING).copy, "--out", out["report.html"]]),
         ):
-            self.commands[name] = Command([name, *map(str, words)], path, name != "convert", name == "sample")
+            self.commands[name] = Command([name.split()[0], *map(str, words)], path, name != "convert", name == "sample")
 
     def add_job(self, name: str, stages: str, overrides: tuple[str, ...] = ()) -> None:
         """Add the training of a job to the commands."""

@@ -61,6 +61,10 @@ FILES = {
     "shards of a cache": "new-cache/shards.*",
     "indexes of a cache": "new-cache/views.*",
     "locks of a cache": r"new-cache/.*lock",
+    "leases of a machine": r"shared-cache/exchange/[^/]+/leases.*",
+    "results of a machine": r"shared-cache/exchange/[^/]+/results.*",
+    "beats of a machine": r"shared-cache/machines/[^/]+\.beat",
+    "folder of a machine": r"shared-cache/machines/node-1.*",
     "output of sample": "drawn.*",
     "output of validate": r"(\.tmp-)?loss\.json",
     "output of convert": r"(\.tmp-)?converted\.safetensors",
@@ -68,6 +72,7 @@ FILES = {
 }
 WRITERS = {
     "cache": "of a cache",
+    "cache --machine": "of a machine",
     "sample": "of sample",
     "validate": "of validate",
     "convert": "of convert",

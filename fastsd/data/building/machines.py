@@ -234,14 +234,16 @@ class Machine:
                 yield machine
 
     def _leave(self, users: Any) -> None:
-        """End the beat, if this is the machine's last process. Delete what a finished build no longer needs."""
+        """End the beat, if this is the machine's last process. Delete what finished builds no longer need."""
         with _alone_in(self.folder / "machines" / f"{self.name}.join", self.notify):
             if lock_file(users, exclusive=True):
                 self.beats.end(self.name)
                 if self.results.is_finished():
                     remove_folder(self.home)
-                    if all(self.beats.is_lost(name) for name in self.results.machines()):
-                        remove_folder(self.results.folder)
+                for build in results.builds(self.folder / "exchange"):
+                    # Without this machine, whose last beat may not have been written.
+                    if build.is_finished() and all(map(self.beats.is_lost, build.machines() - {self.name})):
+                        remove_folder(build.folder)
 
     def divide(
         self, items: Iterable[_Item], name: Callable[[_Item], str], make: Callable[[_Item], Tables]

@@ -118,6 +118,9 @@ class Results:
                 return self._machine
             except FileExistsError:
                 return _holder(path)
+            except OSError:  # a lease without a name would be waited for
+                path.unlink(missing_ok=True)
+                raise
 
     def has_lease(self, result: str, attempt: int) -> bool:
         return (self.folder / "leases" / f"{result}.{attempt}").exists()
