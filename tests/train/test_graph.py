@@ -20,7 +20,7 @@ from fastsd.train.precision import set_precision
 from fastsd.train.ranks import ALONE, Ranks
 from fastsd.train.step import Step
 
-STEPS = WARM_UP + 3  # the capture comes with a replay, and two more follow
+STEPS = WARM_UP + 2  # the capture comes with a replay, and another follows
 CASES = {
     "fp32": {"precision": "fp32"},
     "tf32, accumulated": {"precision": "tf32", "micro_batch": 2},
