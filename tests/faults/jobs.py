@@ -17,10 +17,11 @@ from tiny import ONE_LEVEL, job, make_tiny_model, write_images
 
 from fastsd.storage import TEMPORARY
 
-UNET = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 5\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\ncheckpoint_every = 2\n'
-DLION = UNET.replace('optimizer = "lion"\nlr = 1e-3', 'optimizer = "dlion"\nd0 = 1e-4')
+UNET = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 3\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\ncheckpoint_every = 2\n'
+LONGER = UNET.replace("until = 3", "until = 5")  # a kill at 70 % leaves two checkpoints, and steps in which d has grown
+DLION = LONGER.replace('optimizer = "lion"\nlr = 1e-3', 'optimizer = "dlion"\nd0 = 1e-4')
 CARRIED = DLION.replace('name = "unet"', 'name = "more"\nstate = "carry"')
-TEXT = UNET.replace("unet", "text").replace('train = ["text"]', 'train = ["text_encoder"]\nmax_tags = 2')
+TEXT = LONGER.replace("unet", "text").replace('train = ["text"]', 'train = ["text_encoder"]\nmax_tags = 2')
 AVERAGES = "ema = { sigma_rel = [0.1, 0.2] }\nema_snapshots = 2\n"
 VALIDATION = ("validate.held_out=3", "validate.stabilised=2", "validate.every=2")
 
@@ -36,7 +37,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ema": (UNET + "ema = 0.5\n", ()),
     "two stages, state carried": (DLION + CARRIED, ("stage.ema=0.5",)),
     "adapters": (UNET.replace('["unet"]', '["lora"]'), ("model.lora={rank=2, text_encoder=true}",)),
-    EVERYTHING: (UNET + "sample_every = 2\n" + AVERAGES, (*VALIDATION, "log.tensorboard=true")),
+    EVERYTHING: (LONGER + "sample_every = 2\n" + AVERAGES, (*VALIDATION, "log.tensorboard=true")),
     "one checkpoint kept": (UNET.replace("every = 2", "every = 1") + "checkpoint_at = [2]\n", ("stage.keep_checkpoints=1",)),
     "log every 2nd step": (UNET, ("log.every=2", "stage.checkpoint_every=3", "export.single_file=false")),
 }
@@ -84,7 +85,7 @@ class Workshop:
         outcome = lab.run("cache", *config)
         assert outcome.code == 0, outcome.text
 
-        self.reference = cache(self._reference)
+        self.reference, self.killed = cache(self._reference), cache(self._killed)
         names = "new-cache", "shared-cache", "drawn", "loss.json", "converted.safetensors", "report.html"
         out = {name: lab.root / name for name in names}
         drawing = ["--prompt", "red circle", "--steps", "2", "--size", "32", "--device", "cpu"]
@@ -118,12 +119,12 @@ class Workshop:
         if copy and copy.exists():
             subprocess.run(["cp", "-a", copy, output], check=True)  # hard links stay
 
-    def killed(self, name: str, share: float = 0.7) -> Path:
+    def _killed(self, name: str, share: float = 0.7) -> Path:
         """Return a copy of the output of a command that was killed after a share of its calls."""
         fault = Fault(nth=int(len(self.reference(name).calls) * share))
         self.restore(name)
         self.start(name, fault=fault)
-        return self._copy(name, f"{name}, killed")
+        return self._copy(name, f"{name}, killed at {share}")
 
     def ends_equal(self, name: str, *, besides: str = "") -> str:
         """Run a command to its end. Return "" if its output is that of the undisturbed command, otherwise the reason.

@@ -28,7 +28,7 @@ from ranks import ended, start_ranks, store_of_ranks, train_ranks
 from runs import rows_of
 from tiny import ONE_LEVEL, job, make_tiny_model, write_images
 
-STEPS = 16
+STEPS = 8
 STAGE = f"""
 [[stage]]
 name = "one"
@@ -39,10 +39,10 @@ micro_batch = 2
 optimizer = "dlion"
 precision = "bf16"
 ema = 0.9
-checkpoint_every = 5
-sample_every = 8
+checkpoint_every = 3
+sample_every = 4
 """
-SETTINGS = ("validate.held_out=3", "validate.every=6", "export.single_file=false", 'sample.prompts=["red circle", "star"]')
+SETTINGS = ("validate.held_out=3", "validate.every=3", "export.single_file=false", 'sample.prompts=["red circle", "star"]')
 INPUTS = ("step", "images", "order", "timesteps", "noise")
 TOLERANCE = 1e-5
 

@@ -33,7 +33,7 @@ def soak(steps: int, warm_up: int) -> list[dict[str, float]]:
     """Return a measurement for each thousand steps after the warm-up."""
     rows: list[dict[str, float]] = []
     with workshop() as shop:
-        shop.add_job("soak", STAGE.replace("until = 5", f"until = {steps}"), ("log.every=100",))
+        shop.add_job("soak", STAGE.replace("until = 3", f"until = {steps}"), ("log.every=100",))
 
         def watch(pid: int) -> None:
             process, measured = psutil.Process(pid), 0

@@ -38,17 +38,25 @@ def test_power_cuts_lose_nothing(name, shop):
     check(power_cuts(shop, 41, random.Random(1), [name]))
 
 
+# Kinds of files that the same function writes as one that is tried here: `pytest -m hours` tries them, too.
+WRITTEN_ALIKE = {
+    "weights of a checkpoint", "progress of a checkpoint", "config of a checkpoint", "other files of a checkpoint",
+    "timing.jsonl", "images.json", "cost.json", "single file", "indexes of a cache",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_disks_that_fail_cost_nothing(seed, shop):
     rng = random.Random(seed)
-    for kind in list(kinds.FILES)[seed::4]:
+    assert kinds.FILES.keys() > WRITTEN_ALIKE
+    for kind in [kind for kind in kinds.FILES if kind not in WRITTEN_ALIKE][seed::4]:
         check(kinds.disk_errors(shop, kind, 1, rng))
 
 
 @pytest.mark.parametrize("name", kinds.COMMANDS)
 def test_signals_end_commands_with_one_line(name, shop):
     rng = random.Random(name)
-    for number in {*rng.sample(kinds.SIGNALS, 2), rng.choice(kinds.STOPS)}:
+    for number in (rng.choice(kinds.STOPS), rng.choice([other for other in kinds.SIGNALS if other not in kinds.STOPS])):
         check(kinds.signals(shop, name, number, rng))
 
 
