@@ -211,7 +211,7 @@ def first_run(tmp_path_factory, tiny_model, images):
 
 @pytest.fixture
 def rolled_back(first_run, monkeypatch):
-    """That run, which is only read. Runs of the test have no gradients in the same steps."""
+    """The rolled back run, which is only read. Runs of the test have no gradients in the same steps."""
     without_gradients(monkeypatch)
     return first_run
 
