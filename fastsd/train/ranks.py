@@ -176,15 +176,14 @@ class Ranks:
         """
         return UserError(
             "out-of-memory",
-            f"out of memory {cause} ({reason}); choose settings that `{self.plan_command}` reports as fitting, and run again "
-            "to continue from the last checkpoint",
+            f"out of memory {cause} ({reason}); choose settings that `fastsd plan CONFIG{self.plan_options}` reports as "
+            "fitting, and run again to continue from the last checkpoint",
         )
 
     @property
-    def plan_command(self) -> str:
-        """The command that predicts the memory of these ranks."""
-        several = f" --gpus {self.world} --machines {self.world // self.local_world}" if self.world > 1 else ""
-        return f"fastsd plan CONFIG{several}"
+    def plan_options(self) -> str:
+        """The options with which `fastsd plan` predicts the memory of these ranks."""
+        return f" --gpus {self.world} --machines {self.world // self.local_world}" if self.world > 1 else ""
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
