@@ -142,8 +142,7 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
         raise UserError(
             "stage-does-not-fit",
             f"stage {run.config.stage_name(index)!r} does not fit into {size_text(available)} on {run.device}, even with "
-            f"micro-batch 1; run `fastsd plan CONFIG{run.ranks.plan_options}` to find checkpointing, precision and optimizer "
-            "settings that fit",
+            f"micro-batch 1; run {run.ranks.plan_command} to find checkpointing, precision and optimizer settings that fit",
         )
     run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {size_text(available)}")
     return micro_batch_size

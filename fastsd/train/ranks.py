@@ -176,14 +176,16 @@ class Ranks:
         """
         return UserError(
             "out-of-memory",
-            f"out of memory {cause} ({reason}); choose settings that `fastsd plan CONFIG{self.plan_options}` reports as "
-            "fitting, and run again to continue from the last checkpoint",
+            f"out of memory {cause} ({reason}); choose settings that {self.plan_command} reports as fitting, "
+            "and run again to continue from the last checkpoint",
         )
 
     @property
-    def plan_options(self) -> str:
-        """The options with which `fastsd plan` predicts the memory of these ranks."""
-        return f" --gpus {self.world} --machines {self.world // self.local_world}" if self.world > 1 else ""
+    def plan_command(self) -> str:
+        """The command that predicts the memory of these ranks, in backticks."""
+        if self.world == 1:
+            return "`fastsd plan CONFIG`"
+        return f"`fastsd plan CONFIG --gpus {self.world} --machines {self.world // self.local_world}`"
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

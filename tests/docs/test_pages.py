@@ -334,6 +334,12 @@ def message_commands() -> list[list[str]]:
     return list(map(shlex.split, sorted(spans)))
 
 
+def with_values(words: list[str]) -> list[str]:
+    """Return the words of a command with values in the places of X, if `VALUES` has any."""
+    values = iter(VALUES.get(" ".join(words), []))
+    return [next(values, word) if word == "X" else word for word in words]
+
+
 def test_commands_in_messages_have_the_config_as_it_was_given():
     """CONFIG becomes the path, overrides and precision of the command line, quoted for a shell."""
     group, console = command_group(), Console(file=StringIO())
@@ -341,7 +347,7 @@ def test_commands_in_messages_have_the_config_as_it_was_given():
     console.name_config(words, "bf16")
     messages = [message for message in message_commands() if "CONFIG" in message]
     assert {message[0] for message in messages} >= {"cache", "plan", "train"}
-    for name, *others in ([word for word in message if word != "..."] for message in messages):
+    for name, *others in ([word for word in with_values(message) if word != "..."] for message in messages):
         (command,) = re.findall("`(.*)`", console.copyable(f"run `{shlex.join(['fastsd', name, *others])}` first"))
         context = group.commands[name].make_context(name, shlex.split(command)[2:])
         assert context.params["config"] == Path(words[0])
@@ -364,6 +370,7 @@ VALUES = {  # of what varies in commands with several such words
     "convert X X": ["models/tiny", "OUT"], "convert MODEL OUT --merge X": ["style.safetensors"],
     "swap-vae X X OUT": ["models/tiny", "sdxl-vae"], "swap-vae X X OUT --images DIR": ["models/tiny", "sdxl-vae"],
     "check X": ["configs/xlsd.toml"], "train CONFIG --from X": ["step-00000001"],
+    "plan CONFIG --gpus X --machines X": ["2", "1"],
 }  # fmt: skip
 
 
@@ -377,8 +384,7 @@ def test_commands_in_messages_run(world, monkeypatch, capsys):
     run = ["run=runs/advice", "stage.checkpoint_every=1"]
     first = (["cache", "CONFIG"], ["train", "CONFIG", *run], ["train", "CONFIG", "--from", "X"])
     for number, words in enumerate([*first, *commands]):
-        values = iter(VALUES.get(" ".join(words), []))
-        words = [next(values, word) if word == "X" else word for word in words] + run * ("--from" in words)
+        words = with_values(words) + run * ("--from" in words)
         names = ADVICE | {"OUT": f"advice-{number}", "OUT.safetensors": f"advice-{number}.safetensors"}
         line = [names.get(word, word) for word in words if word != "..."]
         code, out, err = fastsd(*line, monkeypatch=monkeypatch, capsys=capsys)
