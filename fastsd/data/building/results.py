@@ -149,14 +149,11 @@ def builds(folder: Path) -> list[Results]:
 
 
 def current(folder: Path, view: str) -> Path:
-    """Return the folder of the unfinished build of a view. Create one if there is none."""
-    number = 0
-    for build in builds(folder):
-        name, _, number_text = build.folder.name.rpartition("-")
-        if name == view and not build.is_finished():
-            return build.folder
-        number = max(number, int(number_text))
-    path = folder / f"{view}-{number + 1}"
+    """Return the folder of the unfinished build of a view. Create one if there is none, or what one lacks."""
+    existing = builds(folder)
+    begun = [build.folder for build in existing if build.folder.name.rpartition("-")[0] == view and not build.is_finished()]
+    number = max((int(build.folder.name.rpartition("-")[2]) for build in existing), default=0)
+    path = begun[0] if begun else folder / f"{view}-{number + 1}"
     for name in ("leases", *(f"results/{kind}" for kind in _KINDS)):  # machines that start at the same time make the same
         make_folder(path / name)
     return path

@@ -231,6 +231,16 @@ def test_a_damaged_part_and_a_lost_shard_are_made_again(tmp_path):
     check_is_ordinary(tmp_path, expected)
 
 
+def test_a_build_whose_folders_were_not_all_made_is_completed(tmp_path):
+    """A kill or a full disk may end a machine between two of them."""
+    path = results.current(tmp_path, "view")
+    shutil.rmtree(path / "results")
+    (path / "leases" / "rows-0.0").touch()
+    assert results.current(tmp_path, "view") == path
+    results.Results(path, "node-1").publish("rows-0", {})
+    assert results.Results(path).has("rows-0") and (path / "leases" / "rows-0.0").exists()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_files_of_machines_lose_nothing(tmp_path, damage, monkeypatch):
     """Each file that a stopped machine has left for the others is damaged. Another one goes on, then the same one."""
