@@ -65,7 +65,7 @@ def test_help_fits_a_terminal_and_has_examples(run, name, monkeypatch):
 def test_values_of_options_are_named():
     for name, command in COMMANDS.items():
         for parameter in command.params:
-            if not getattr(parameter, "is_flag", False) and parameter.name not in ("help", "precision", "dtype", "to"):
+            if not getattr(parameter, "is_flag", False) and parameter.name not in ("help", "precision", "dtype", "to", "by"):
                 assert parameter.metavar, f"{name} {parameter.name}"
 
 

@@ -23,7 +23,7 @@ EXAMPLES = {
         "cache configs/xlsd.toml",
         "cache configs/xlsd.toml --verify",
         "cache configs/xlsd.toml --machine node-1",
-        "cache configs/xlsd.toml --audit --by fine --against stabilityai/sd-vae-ft-mse",
+        "cache configs/xlsd.toml --audit --against stabilityai/sd-vae-ft-mse",
     ),
     "sample": examples(
         'sample runs/xlsd --prompt "a red fox in the snow"',
