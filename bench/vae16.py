@@ -9,8 +9,7 @@ zeroed     the new channels' rows are zero, as `fastsd swap-vae` does without im
 
 Each is trained with the demo's images, noise and order, by Lion at 1e-4. At some of the steps, the script measures the loss on
 32 held-out images, and how many of 48 samples show the requested colour and shape. The result is the steps until 90 % do.
-Runs that are complete are not repeated: several calls may share DIR, each with other starts or seeds, and a last one gives the
-result of all.
+Several calls may share DIR, each with other starts or seeds: complete runs are not repeated, and the result has all of them.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def draw(config: Config, step: int) -> tuple[float, list[Image.Image]]:
     return sum(correct) / len(correct), images
 
 
-def measure(config: Config, steps: list[int], pictures: Path) -> dict[str, Any]:
+def measure(config: Config, steps: list[int], pictures: Path) -> None:
     """Train from one start, and draw after some of the steps, until 90 % of the samples are correct. Keep the pictures."""
     run = Path(config.run)
     stored = run / "accuracy.json"
@@ -102,11 +101,18 @@ def measure(config: Config, steps: list[int], pictures: Path) -> dict[str, Any]:
                     world.picture([(title, images[:SHOWN])], prompts).save(temporary, "PNG")
                 print(run.name, title, f"loss {loss_by_step.get(step, float('nan')):.4f}", flush=True)
         replace_file(stored, json.dumps({"accuracy": accuracy_by_step, "loss": loss_by_step}))
-    result = {
-        name: {int(step): value for step, value in values.items()}
-        for name, values in json.loads(stored.read_text(encoding="utf-8")).items()
-    }
-    return {"steps_to_accuracy": first(result["accuracy"], lambda value: value >= TARGET_ACCURACY), **result}
+
+
+def complete_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the figures of all complete runs, by start and seed."""
+    runs: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*/accuracy.json")):
+        start, _, seed = path.parent.name.rpartition("-")
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        accuracy_by_step = {int(step): value for step, value in figures["accuracy"].items()}
+        reached = first(accuracy_by_step, lambda value: value >= TARGET_ACCURACY)
+        runs.setdefault(start, {})[seed] = {"steps_to_accuracy": reached, **figures}
+    return runs
 
 
 def sheet(pictures: Path, starts: list[str], seed: int, path: Path) -> None:
@@ -134,14 +140,18 @@ def main() -> None:
     record = make_starts(args.folder, args.starts)
     steps = sorted({*range(0, args.steps + 1, args.every), *(step for step in SHOWN_STEPS if step <= args.steps)})
     cache(config_of(args.folder, args.starts[0], 0, args.steps, args.every), QUIET)
-    runs: dict[str, dict[int, Any]] = {start: {} for start in args.starts}
     fits = {name: {key: fit.get(key) for key in ("loss", "se", "r2")} for name, fit in record.get("fits", {}).items()}
-    result = {"what": "4 to 16 latent channels on the demo, from three starts", "fits": fits, "runs": runs}
+    result: dict[str, Any] = {
+        "what": "4 to 16 latent channels on the demo, from three starts",
+        "steps": args.steps,
+        "fits": fits,
+    }
     result |= {"threads": torch.get_num_threads(), "stamp": stamp(torch.device("cpu"))}
     for seed, start in itertools.product(args.seeds, args.starts):
         config = config_of(args.folder, start, seed, args.steps, args.every)
-        runs[start][seed] = measure(config, steps, args.folder / "pictures")
+        measure(config, steps, args.folder / "pictures")
         if args.out:
+            result["runs"] = complete_runs(args.folder / "runs")
             replace_file(args.out / "vae16-cpu.json", json.dumps(result, indent=1) + "\n")
     if args.out and args.steps >= max(SHOWN_STEPS):
         sheet(args.folder / "pictures", args.starts, args.seeds[0], args.out / "vae16.png")
