@@ -122,7 +122,7 @@ def mentioned_commands() -> list[list[str]]:
     spans = {" ".join(span.split()) for text in texts for span in re.findall(r"`fastsd ([^`]+)`", text)}
     lines = [line for path in CONFIGS for line in re.findall(r"^# {5}fastsd .*$", path.read_text(), re.MULTILINE)]
     lines = [line.removeprefix("#").strip() for line in lines]
-    return [shlex.split(span) for span in sorted(spans)] + [command_of(line)[1:] for line in lines]
+    return [with_values(shlex.split(span)) for span in sorted(spans)] + [command_of(line)[1:] for line in lines]
 
 
 @cache
