@@ -187,7 +187,10 @@ def _describe(record: Mapping[str, Any]) -> str:
     if "fits" not in record:
         return vae_only
     fit, losses = record["fit"], {name: f"{row['loss']:.4f} ± {row['se']:.4f}" for name, row in record["fits"].items()}
-    mapping = f"The UNet's first and last convolution were mapped to the new latents ({fit} fit, {record['fitted']} images)."
+    carried = ", which are also carried past all blocks," if "groups" in record["fits"][fit] else ""
+    mapping = (
+        f"The UNet's first and last convolution were mapped to the new latents{carried} ({fit} fit, {record['fitted']} images)."
+    )
     return (
         f"Nothing was trained. {vae_only if fit == 'plain' else mapping} Loss before training: {losses[fit]}; with the VAE "
         f"replaced and nothing mapped: {losses['plain']}; base model with its own VAE: {losses['own']}."
@@ -371,26 +374,24 @@ class _Alignment:
         fits += [fit(fit_pairs, schedule) for fit in (align.fit_orthogonal, align.fit_affine, align.fit_kernel)]
         for name, fit in zip(FITS, fits, strict=True):
             mapped_layers = align.fold_into_edges(edge_layers, fit)
+            record: dict[str, Any] = {}
             if name == "kernel":
                 if self.groups:
-                    mapped_layers = self._carry(mapped_layers, edge_layers, fit_pairs, schedule)
+                    record["groups"] = groups = self._spare_groups(edge_layers)
+                    norm_groups = self.model.unet.cfg.norm_groups
+                    mapped_layers = bypass.carry(mapped_layers, edge_layers, fit_pairs, schedule, groups, norm_groups)
                 ridge = align.CARRIED_RIDGE if self.groups else align.LAST_RIDGE
                 mapped_layers = align.refit_last(mapped_layers, self._features(mapped_layers, self.pairs.y_NDHW), ridge)
-            record: dict[str, Any] = {}
             if fit.A is not None and fit.c is not None:
                 record = {"A": fit.A.tolist(), "c": fit.c.tolist()}
             loss = self._loss(mapped_layers, self.pairs.y_NDHW)
             results[name] = _Measured(mapped_layers, measure_pairs.r2(fit), loss, record)
         return results
 
-    def _carry(
-        self, mapped_layers: align.EdgeLayers, base: align.EdgeLayers, pairs: align.Pairs, schedule: align.Schedule
-    ) -> align.EdgeLayers:
-        """Carry y_t past the base's blocks, in place of those of its last features that it needs least."""
-        norm_groups, features = self.model.unet.cfg.norm_groups, base["conv_out.weight"].shape[1]
+    def _spare_groups(self, base: align.EdgeLayers) -> list[int]:
+        """Return the norm groups of the base's last features that it needs least. They carry y_t past its blocks."""
         moments = self._features(base, self.pairs.x_NCHW)
-        groups = bypass.spare_groups(moments, features, norm_groups, self.groups)
-        return bypass.carry(mapped_layers, base, pairs, schedule, groups, norm_groups)
+        return bypass.spare_groups(moments, base["conv_out.weight"].shape[1], self.model.unet.cfg.norm_groups, self.groups)
 
     def _features(self, edge_layers: align.EdgeLayers, latents_NCHW: Tensor) -> align.Moments:
         """Return the moments of patches of the last features and of the targets, over the images that determine the fits."""

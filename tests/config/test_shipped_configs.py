@@ -133,7 +133,11 @@ def test_a_vae_of_16_channels(world):
     cache(cached, Console(file=StringIO()))
     options = {"limit": 12, "fit": "kernel", "normalise": Path(cached.cache.dir), "console": Console(file=StringIO())}
     record = swap_vae(str(MODELS / "base"), str(vae), start, world.images, **options)
-    assert record["fits"]["kernel"]["loss"] < 0.3 * record["fits"]["plain"]["loss"]
+    assert (
+        record["fits"]["kernel"]["loss"] < 0.3 * record["fits"]["plain"]["loss"]
+        and len(record["fits"]["kernel"]["groups"]) == 4
+    )
+    assert "carried past all blocks" in (start / "README.md").read_text()
     run = world.train("vae16", **{"model.base": start, "data.resolution": 64})
     model = load_model(ModelTable(base=str(run / "model")))
     assert model.unet.cfg.in_channels == model.vae.channels == 16 and len(model.vae.latent_space.std) == 16
